@@ -1,0 +1,405 @@
+"""WebSocketExecutor and RunFuture keep the promises of concurrent.futures, against a real worker."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import operator
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from wove_ws_sync import DeliveryCancelled, DeliveryTimeout, ExecutorClosed, RunFuture, WebSocketExecutor
+from wove_ws_sync.testing import LoopbackWorker, close_links
+
+WAIT = 30.0
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[LoopbackWorker]:
+    """One worker process for the module."""
+    with LoopbackWorker(workers=8) as running:
+        yield running
+
+
+@pytest.fixture
+def pool(worker: LoopbackWorker) -> Iterator[WebSocketExecutor]:
+    """An executor on that worker."""
+    with WebSocketExecutor(worker.url, security=worker.security) as executor:
+        yield executor
+
+
+@pytest.fixture
+def gate(tmp_path: Any) -> Iterator[Callable[[], str]]:
+    """Files that tasks wait for: a task holds until the test opens its gate, or ends."""
+    made: list[str] = []
+
+    def new() -> str:
+        made.append(str(tmp_path / f"gate{len(made)}"))
+        return made[-1]
+
+    yield new
+    for path in made:
+        open_gate(path)
+
+
+def open_gate(path: str) -> None:
+    with open(path, "w"):
+        pass
+
+
+def hold(path: str) -> str:
+    """Wait in the worker until the file is there."""
+    for _ in range(6000):
+        if os.path.exists(path):
+            return "opened"
+        time.sleep(0.01)
+    raise TimeoutError("nobody opened the gate")
+
+
+def capture(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return args, kwargs
+
+
+def mul(x: int, y: int) -> int:
+    return x * y
+
+
+class Dummy:
+    """A value that can be watched by a weak reference."""
+
+
+def wait_running(future: RunFuture[Any]) -> None:
+    for _ in range(int(WAIT * 100)):
+        if future.running():
+            return
+        threading.Event().wait(0.01)
+    raise TimeoutError("the run did not start")
+
+
+def test_submit(pool: WebSocketExecutor) -> None:
+    """Positional and keyword arguments arrive as they were given, whatever their names."""
+    assert pool.submit(pow, 2, 8).result(WAIT) == 256
+    result = pool.submit(capture, 1, self=2, fn=3, timeout=4).result(WAIT)
+    assert result == ((1,), {"self": 2, "fn": 3, "timeout": 4})
+
+
+def test_submit_wants_a_function(pool: WebSocketExecutor) -> None:
+    """As in the standard library, the function is positional."""
+    with pytest.raises(TypeError):
+        pool.submit()  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        pool.submit(fn=capture, arg=1)  # type: ignore[call-arg]
+
+
+def test_map(pool: WebSocketExecutor) -> None:
+    """Results come in order, with several iterables, chunks and a bounded buffer."""
+    expected = list(map(pow, range(10), range(10)))
+    assert list(pool.map(pow, range(10), range(10))) == expected
+    assert list(pool.map(pow, range(10), range(10), chunksize=3)) == expected
+    assert list(pool.map(pow, range(10), range(10), buffersize=2)) == expected
+    assert list(pool.map(pow, range(10), range(10), chunksize=3, buffersize=1)) == expected
+    assert list(pool.map(pow, [], [])) == []
+
+
+def test_map_checks_its_numbers(pool: WebSocketExecutor) -> None:
+    """Bad sizes are refused before anything is sent."""
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="chunksize"):
+            pool.map(abs, [1], chunksize=wrong)
+        with pytest.raises(ValueError, match="buffersize"):
+            pool.map(abs, [1], buffersize=wrong)
+    with pytest.raises(TypeError, match="buffersize"):
+        pool.map(abs, [1], buffersize="2")  # type: ignore[arg-type]
+
+
+def test_map_with_a_buffer_takes_no_more_than_it_may(pool: WebSocketExecutor) -> None:
+    """An endless iterable is fine, and at most buffersize items are ahead of the consumer."""
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        while True:
+            taken.append(len(taken))
+            yield len(taken)
+
+    results = pool.map(abs, numbers(), buffersize=4)
+    assert len(taken) == 4
+    assert next(results) == 1
+    assert len(taken) == 5
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_map_raises_where_it_failed(pool: WebSocketExecutor) -> None:
+    """The results before the failure come first."""
+    results = pool.map(divmod, [1, 1, 1, 1], [2, 3, 0, 5])
+    assert next(results) == (0, 1)
+    assert next(results) == (0, 1)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_map_timeout_counts_from_the_call(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """What did not come in time is a TimeoutError; the rest is cancelled."""
+    path = gate()
+    done = gate()
+    open_gate(done)
+    results = pool.map(hold, [done, path], timeout=1.0)
+    assert next(results) == "opened"
+    with pytest.raises(TimeoutError):
+        next(results)
+
+
+def test_exceptions_are_raised_as_themselves(pool: WebSocketExecutor) -> None:
+    """With the worker's traceback as the cause."""
+    future = pool.submit(operator.truediv, 1, 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        future.result(WAIT)
+    assert "ZeroDivisionError" in str(caught.value.__cause__)
+    assert isinstance(future.exception(), ZeroDivisionError)
+
+
+def test_wait_and_as_completed(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """The module's functions know our futures."""
+    path = gate()
+    slow = pool.submit(hold, path)
+    quick = pool.submit(mul, 6, 7)
+    done, not_done = concurrent.futures.wait([slow, quick], WAIT, concurrent.futures.FIRST_COMPLETED)
+    assert (done, not_done) == ({quick}, {slow})
+    with pytest.raises(TimeoutError):
+        list(concurrent.futures.as_completed([slow, quick], timeout=0.05))
+    open_gate(path)
+    assert set(concurrent.futures.as_completed([slow, quick], WAIT)) == {slow, quick}
+    failed = pool.submit(mul, None, None)  # type: ignore[arg-type]
+    done, _ = concurrent.futures.wait([failed], WAIT, concurrent.futures.FIRST_EXCEPTION)
+    assert done == {failed}
+
+
+def test_running_and_callbacks(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """running() turns true at the worker's word; a callback may submit more work."""
+    path = gate()
+    future = pool.submit(hold, path)
+    wait_running(future)
+    chained: list[Any] = []
+    called = threading.Event()
+
+    def then(ended: Any) -> None:
+        chained.append(ended.result())
+        chained.append(pool.submit(mul, 2, 3))
+        called.set()
+
+    future.add_done_callback(then)
+    open_gate(path)
+    assert called.wait(WAIT)
+    assert chained[0] == "opened" and chained[1].result(WAIT) == 6
+    assert not future.running() and future.done()
+
+
+def test_cancel_a_running_run(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """best_effort: at once, and waiters wake."""
+    future = pool.submit(hold, gate())
+    wait_running(future)
+    assert future.cancel() and future.cancel() and future.cancelled() and future.done()
+    with pytest.raises(concurrent.futures.CancelledError) as caught:
+        future.result()
+    assert isinstance(caught.value, DeliveryCancelled) and caught.value.run_id == future.run_id
+    assert list(concurrent.futures.as_completed([future], 1.0)) == [future]
+
+
+def test_cancel_with_acknowledgement(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """require_ack: a sync task cannot be stopped in its thread, so its result wins."""
+    path = gate()
+    view = pool.with_options(delivery_cancel_mode="require_ack")
+    future = view.submit(hold, path)
+    wait_running(future)
+    threading.Timer(0.2, open_gate, [path]).start()
+    assert future.cancel() is False
+    assert future.result(WAIT) == "opened"
+
+
+async def _sleep_long() -> None:
+    import asyncio
+
+    await asyncio.sleep(60)
+
+
+def test_cancel_a_coroutine_is_acknowledged(pool: WebSocketExecutor) -> None:
+    """A coroutine ends for real, and the future knows it."""
+    future = pool.with_options(delivery_cancel_mode="require_ack").submit(_sleep_long)
+    wait_running(future)
+    assert future.cancel() is True
+    with pytest.raises(DeliveryCancelled) as caught:
+        future.result()
+    assert caught.value.acknowledged is True
+
+
+def test_delivery_timeout_of_a_view(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """with_options changes delivery on the same connection."""
+    future = pool.with_options(delivery_timeout=0.2).submit(hold, gate())
+    with pytest.raises(DeliveryTimeout, match="Delivery timeout exceeded for task 'hold' \\(0.2s\\)"):
+        future.result(WAIT)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), "5", True])
+def test_bad_delivery_settings_are_refused(pool: WebSocketExecutor, wrong: Any) -> None:
+    """Before anything is sent."""
+    with pytest.raises((ValueError, TypeError), match="delivery_timeout"):
+        pool.with_options(delivery_timeout=wrong)
+
+
+def test_what_cannot_be_pickled_fails_its_future_only(pool: WebSocketExecutor) -> None:
+    """The link and the other runs go on, and the run leaves nothing behind."""
+    future = pool.submit(len, threading.Lock())  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        future.result(WAIT)
+    assert pool.submit(mul, 2, 2).result(WAIT) == 4
+    assert not pool._core.pending
+
+
+def test_unpicklable_results_and_exceptions(pool: WebSocketExecutor) -> None:
+    """Each is one clear error of that run."""
+    with pytest.raises(RuntimeError, match="lock"):
+        pool.submit(threading.Lock).result(WAIT)
+
+    def fail() -> None:
+        class Odd(Exception):
+            def __reduce__(self) -> Any:
+                raise TypeError("not me")
+
+        raise Odd("what happened")
+
+    with pytest.raises(RuntimeError, match="what happened"):
+        pool.submit(fail).result(WAIT)
+
+
+def test_the_result_is_unpickled_where_it_is_asked_for(pool: WebSocketExecutor) -> None:
+    """Once, in the thread that calls result()."""
+
+    def make() -> Any:
+        class Where:
+            def __reduce__(self) -> Any:
+                return (eval, ("__import__('threading').get_ident()",))
+
+        return Where()
+
+    future = pool.submit(make)
+    concurrent.futures.wait([future], WAIT)
+    assert future.result() == threading.get_ident()
+
+
+def test_free_references(pool: WebSocketExecutor) -> None:
+    """What map yields, and what it was given, is not kept."""
+    for value in pool.map(capture_dummy, range(10)):
+        reference = weakref.ref(value)
+        del value
+        gc.collect()
+        assert reference() is None
+    argument = Dummy()
+    reference = weakref.ref(argument)
+    pool.submit(type, argument).result(WAIT)
+    del argument
+    gc.collect()
+    assert reference() is None
+
+
+def capture_dummy(number: int) -> Dummy:
+    return Dummy()
+
+
+def test_shutdown_waits_for_what_is_on_its_way(worker: LoopbackWorker, gate: Callable[[], str]) -> None:
+    """wait=False returns at once and the runs still end; then nothing more is taken."""
+    pool = WebSocketExecutor(worker.url, security=worker.security)
+    path = gate()
+    future = pool.submit(hold, path)
+    pool.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        pool.submit(mul, 1, 1)
+    with pytest.raises(ExecutorClosed):
+        pool.map(abs, [1])
+    open_gate(path)
+    assert future.result(WAIT) == "opened"
+    pool.shutdown()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def test_shutdown_cancels_what_has_not_started(worker: LoopbackWorker, gate: Callable[[], str]) -> None:
+    """cancel_futures leaves the running one alone."""
+    path = gate()
+    with WebSocketExecutor(worker.url, security=worker.security, delivery_max_in_flight=1) as pool:
+        running = pool.submit(hold, path)
+        wait_running(running)
+        waiting = [pool.submit(mul, 1, 1) for _ in range(5)]
+        pool.shutdown(wait=False, cancel_futures=True)
+        assert all(future.cancelled() for future in waiting)
+        open_gate(path)
+    assert running.result(WAIT) == "opened"
+
+
+def test_an_unclosed_executor_warns_and_its_runs_end(worker: LoopbackWorker) -> None:
+    """ResourceWarning once; the futures that are held still get their results; the threads go."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pool = WebSocketExecutor(worker.url, security=worker.security, max_message_bytes=1024 * 1024)
+        future = pool.submit(mul, 3, 4)
+        threads = [pool._core.session.link._last_connection.watchdog]  # type: ignore[union-attr]
+        del pool
+        gc.collect()
+        assert future.result(WAIT) == 12
+    assert [str(item.category) for item in caught].count("<class 'ResourceWarning'>") == 1
+    assert threads[0] is not None
+    threads[0].join(5.0)
+    assert not threads[0].is_alive()
+
+
+def test_many_threads_share_one_connection(worker: LoopbackWorker, pool: WebSocketExecutor) -> None:
+    """Sixteen threads, two executors, one link, right answers."""
+    with WebSocketExecutor(worker.url, security=worker.security) as other:
+        wrong: list[Any] = []
+
+        def use(number: int) -> None:
+            for index in range(50):
+                executor = pool if index % 2 else other
+                if executor.submit(mul, number, index).result(WAIT) != number * index:
+                    wrong.append((number, index))
+
+        threads = [threading.Thread(target=use, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        assert not wrong
+        assert pool._core.session is not None and other._core.session is not None
+        assert pool._core.session.link is other._core.session.link
+        assert pool._core.session.link.stats()["dials"] == 1
+
+
+def test_everything_from_woves_configuration(worker: LoopbackWorker) -> None:
+    """environment= takes url, security and delivery settings from wove.config."""
+    import wove
+
+    wove.config(
+        environments={
+            "socket_workers": {
+                "executor": "websocket",
+                "executor_config": {"url": worker.url, "security": worker.security},
+                "delivery_timeout": 17.0,
+            }
+        }
+    )
+    with WebSocketExecutor(environment="socket_workers") as pool:
+        assert pool._delivery.delivery_timeout == 17.0
+        assert pool.submit(mul, 5, 5).result(WAIT) == 25
+
+
+def test_a_worker_that_is_not_there(worker: LoopbackWorker) -> None:
+    """The future says so; submit itself does not raise."""
+    with WebSocketExecutor("ws://127.0.0.1:1/wove") as pool:
+        future = pool.submit(mul, 1, 1)
+        with pytest.raises(ConnectionRefusedError):
+            future.result(WAIT)
+    close_links()

@@ -1,0 +1,312 @@
+"""Weaves through our shim: on our worker, and on Wove's own worker behind a plain bridge."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wove
+from wove import weave
+
+import wove_ws_sync
+from wove_ws_sync.session import links
+from wove_ws_sync.testing import LoopbackWorker
+
+BRIDGE = Path(__file__).with_name("stdio_bridge.py")
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[LoopbackWorker]:
+    """Our worker, one process for the module."""
+    with LoopbackWorker(workers=16) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bridge() -> Iterator[str]:
+    """Wove's own ``python -m wove.stdio_worker`` behind a WebSocket that only copies lines."""
+    process = subprocess.Popen([sys.executable, str(BRIDGE)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stdout.close()
+
+
+@pytest.fixture(params=["ours", "upstream"])
+def target(request: pytest.FixtureRequest, worker: LoopbackWorker, bridge: str) -> dict[str, Any]:
+    """The executor_config of either worker."""
+    return {"url": worker.url, "security": worker.security} if request.param == "ours" else {"url": bridge}
+
+
+def configure(config: dict[str, Any], **environment: Any) -> None:
+    wove_ws_sync.config(
+        environments={"socket_workers": {"executor": "websocket", "executor_config": config, **environment}}
+    )
+
+
+def test_tasks_of_every_kind(target: dict[str, Any]) -> None:
+    """Mapped and async tasks, lambdas, closures, None, NaN and unicode."""
+    configure(target)
+    offset = 10
+    with weave() as w:
+
+        @w.do(environment="socket_workers")
+        def base() -> int:
+            return 1
+
+        @w.do([1, 2, 3], environment="socket_workers")
+        def shifted(item: int, base: int) -> int:
+            return item + base + offset
+
+        @w.do(environment="socket_workers")
+        async def doubled(base: int) -> int:
+            await asyncio.sleep(0)
+            return base * 2
+
+        w.do(environment="socket_workers")(_named(lambda: "grüße 🐍", "text"))
+        w.do(environment="socket_workers")(_named(lambda: None, "nothing"))
+        w.do(environment="socket_workers")(_named(lambda: float("nan"), "odd"))
+
+    assert w.result.shifted == [12, 13, 14]
+    assert w.result.doubled == 2
+    assert w.result.text == "grüße 🐍"
+    assert w.result.nothing is None
+    assert math.isnan(w.result.odd)
+
+
+def _named(function: Any, name: str) -> Any:
+    function.__name__ = name
+    return function
+
+
+def test_exceptions_arrive_as_themselves(target: dict[str, Any]) -> None:
+    """With the worker's traceback as a note, as Wove drops an exception's cause."""
+    configure(target)
+
+    with weave() as w:
+
+        @w.do(environment="socket_workers")
+        def fails() -> None:
+            raise LookupError("no such thing")
+
+    with pytest.raises(LookupError, match="no such thing") as caught:
+        _ = w.result.fails
+    assert "in fails" in "".join(caught.value.__notes__)
+
+
+def test_heartbeats_carry_a_long_task(target: dict[str, Any]) -> None:
+    """An async task three times as long as the heartbeat deadline ends well on either worker."""
+    configure(target, delivery_heartbeat_seconds=0.5)
+    with weave(environment="socket_workers") as w:
+
+        @w.do(environment="socket_workers", delivery_heartbeat_seconds=0.5)
+        async def long() -> str:
+            await asyncio.sleep(1.5)
+            return "done"
+
+    assert w.result.long == "done"
+
+
+def test_a_sync_task_outlives_its_heartbeat_on_our_worker(worker: LoopbackWorker) -> None:
+    """It holds its thread for three seconds; the heartbeats come all the same."""
+    configure({"url": worker.url, "security": worker.security})
+    with weave() as w:
+
+        @w.do(environment="socket_workers", delivery_heartbeat_seconds=1.0)
+        def long() -> str:
+            time.sleep(3.0)
+            return "done"
+
+    assert w.result.long == "done"
+
+
+def test_a_task_behind_a_full_slot_keeps_its_heartbeat(worker: LoopbackWorker) -> None:
+    """Wove starts its heartbeat clock before the slot is free; the shim makes up for it."""
+    configure({"url": worker.url, "security": worker.security}, delivery_max_in_flight=1)
+    with weave(environment="socket_workers") as w:
+
+        @w.do([1, 2, 3], environment="socket_workers", delivery_heartbeat_seconds=0.4, delivery_max_in_flight=1)
+        async def one_by_one(item: int) -> int:
+            await asyncio.sleep(0.6)
+            return item
+
+    assert w.result.one_by_one == [1, 2, 3]
+
+
+def test_delivery_timeout_is_woves_error(worker: LoopbackWorker) -> None:
+    """Not a TimeoutError, which Wove would take for the task's own timeout."""
+    configure({"url": worker.url, "security": worker.security})
+    with weave() as w:
+
+        @w.do(environment="socket_workers", delivery_timeout=0.2)
+        async def slow() -> None:
+            await asyncio.sleep(30)
+
+    with pytest.raises(wove.DeliveryTimeoutError, match="Delivery timeout exceeded for task 'slow'"):
+        _ = w.result.slow
+
+
+def run_weave(number: int, executor: Any = "websocket") -> list[int]:
+    with weave() as w:
+
+        @w.do(range(4), environment="socket_workers")
+        def multiply(item: int) -> int:
+            return item * number
+
+        @w.do(environment="socket_workers")
+        def total(multiply: list[int]) -> int:
+            return sum(multiply)
+
+    assert w.result.total == 6 * number
+    return list(w.result.multiply)
+
+
+@pytest.mark.parametrize("shared_instance", [False, True])
+def test_sixteen_threads_sixteen_weaves_one_connection(worker: LoopbackWorker, shared_instance: bool) -> None:
+    """By name or with one executor instance for all: right results over a single connection."""
+    configure({"url": worker.url, "security": worker.security, "max_message_bytes": 10_000_000})
+    if shared_instance:
+        executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+        wove_ws_sync.config(environments={"socket_workers": {"executor": executor}})
+    with ThreadPoolExecutor(16) as threads:
+        results = list(threads.map(run_weave, [n for n in range(16) for _ in range(16)]))
+    assert results == [[0, n, 2 * n, 3 * n] for n in range(16) for _ in range(16)]
+    [link] = [link for link in links() if link.options.max_message_bytes == 10_000_000]
+    assert link.stats()["dials"] == 1
+
+
+@pytest.mark.parametrize("shared_instance", [False, True])
+def test_sixteen_weaves_in_one_loop(worker: LoopbackWorker, shared_instance: bool) -> None:
+    """Concurrent weaves of one event loop do not hear each other's events."""
+    configure({"url": worker.url, "security": worker.security, "max_message_bytes": 20_000_000})
+    if shared_instance:
+        executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+        wove_ws_sync.config(environments={"socket_workers": {"executor": executor}})
+
+    async def one(number: int) -> list[int]:
+        async with weave() as w:
+
+            @w.do(range(4), environment="socket_workers")
+            def multiply(item: int) -> int:
+                return item * number
+
+        return list(w.result.multiply)
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(one(number) for number in range(16)))
+
+    assert asyncio.run(all_of_them()) == [[0, n, 2 * n, 3 * n] for n in range(16)]
+    [link] = [link for link in links() if link.options.max_message_bytes == 20_000_000]
+    assert link.stats()["dials"] == 1
+
+
+def test_two_environments_may_share_an_instance(worker: LoopbackWorker) -> None:
+    """With equal settings; with different ones a clear error says what to do."""
+    executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+    config = {"url": worker.url, "security": worker.security}
+    definitions = {name: {"executor": executor, "executor_config": config} for name in ("one", "two")}
+    wove_ws_sync.config(environments=definitions)
+
+    def both() -> tuple[str, str]:
+        with weave() as w:
+            w.do(environment="one")(_named(lambda: "1", "first"))
+            w.do(environment="two")(_named(lambda: "2", "second"))
+        return w.result.first, w.result.second
+
+    assert both() == ("1", "2")
+    wove_ws_sync.config(environments={"two": {"executor_config": {**config, "open_timeout": 3.0}}})
+    with pytest.raises(RuntimeError, match="give each environment its own instance"):
+        both()
+
+
+def test_an_instance_is_its_own_copy() -> None:
+    """Wove deep-copies its configuration."""
+    executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+    assert copy.deepcopy({"executor": executor})["executor"] is executor
+
+
+def test_install_and_uninstall(worker: LoopbackWorker) -> None:
+    """install() twice is once; uninstall() gives Wove's own executor back."""
+    from wove import environment
+
+    wove_ws_sync.install()
+    wove_ws_sync.install()
+    assert isinstance(
+        environment.build_executor_from_name("websocket"), wove_ws_sync.AsyncWebSocketEnvironmentExecutor
+    )
+    assert isinstance(environment.build_executor_from_name("local"), environment.LocalEnvironmentExecutor)
+    wove_ws_sync.uninstall()
+    wove_ws_sync.uninstall()
+    assert isinstance(environment.build_executor_from_name("websocket"), wove.WebSocketEnvironmentExecutor)
+
+
+def test_cancelled_weave_tells_the_worker(worker: LoopbackWorker) -> None:
+    """Cancelling the weave's task cancels its runs there; the link and others go on."""
+    configure({"url": worker.url, "security": worker.security})
+
+    async def cancelled() -> None:
+        async def long_weave() -> None:
+            async with weave() as w:
+
+                @w.do(environment="socket_workers")
+                async def forever() -> None:
+                    await asyncio.sleep(60)
+
+        task = asyncio.create_task(long_weave())
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    assert run_weave(3) == [0, 3, 6, 9]
+    [link] = [link for link in links() if link.options.url == worker.url][:1]
+    assert link.stats()["runs"] == 0
+
+
+def test_a_worker_that_refuses_says_so(worker: LoopbackWorker) -> None:
+    """A wrong secret raises out of the weave, and nothing is retried behind its back."""
+    configure({"url": worker.url, "security": {"type": "signed", "secret": "wrong-wrong-wrong-wrong"}})
+    with pytest.raises(wove_ws_sync.AuthenticationRejected) as caught:
+        run_weave(1)
+    assert caught.value.status == 401
+
+
+def test_the_sync_executor_end_to_end(target: dict[str, Any]) -> None:
+    """start, send, recv, stop with Wove's own frames, from a plain thread."""
+    executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
+    with pytest.raises(RuntimeError, match="websocket executor is not started"):
+        executor.send({"type": "shutdown"})
+    executor.start(environment_name="e", environment_config=target, run_config={})
+    try:
+        with pytest.raises(ValueError, match="Unsupported frame type: dance"):
+            executor.send({"type": "dance"})
+        with pytest.raises(TimeoutError):
+            executor.recv(timeout=0.05)
+        frame = {"type": "run_task", "run_id": "r1", "task_id": "add", "callable": lambda a, b: a + b, "args": {"a": 1, "b": 2}}
+        executor.send(frame)
+        events = [executor.recv(timeout=30)]
+        while events[-1]["type"] != "task_result":
+            events.append(executor.recv(timeout=30))
+        assert events[0]["type"] == "task_started"
+        assert events[-1]["result"] == 3 and events[-1]["run_id"] == "r1"
+        waiter = threading.Thread(target=lambda: pytest.raises(wove_ws_sync.ExecutorClosed, executor.recv))
+        waiter.start()
+    finally:
+        executor.stop()
+        executor.stop()
+    waiter.join(10)
+    assert not waiter.is_alive()

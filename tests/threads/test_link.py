@@ -1,0 +1,295 @@
+"""The link's two threads and two locks, on a transport in memory and a clock that stands still."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from wove_ws_sync.errors import AuthenticationRejected, ConnectionLost, DeliveryTimeout, ExecutorClosed
+from wove_ws_sync.link import Link, LinkState
+from wove_ws_sync.options import DeliveryOptions, LinkOptions
+from wove_ws_sync.session import Session
+from wove_ws_sync.testing import ManualClock, MemoryTransport
+from wove_ws_sync.timing import Deadline
+
+WAIT = 10.0
+
+
+class Fixture:
+    """A link with one session, and a queue of what its runs got."""
+
+    def __init__(self, **config: Any) -> None:
+        self.clock = ManualClock()
+        self.transport = MemoryTransport(self.clock)
+        options = LinkOptions.from_config({"url": "ws://127.0.0.1:9/wove", **config})
+        self.link = Link(options, dial=self.transport.dial, clock=self.clock)
+        self.session = self.new_session()
+        self.events: SimpleQueue[dict[str, Any]] = SimpleQueue()
+
+    def new_session(self) -> Session:
+        session = Session(self.link, "env")
+        assert self.link.attach(session)
+        return session
+
+    def submit(self, run_id: str, session: Session | None = None, wait: bool = True, **delivery: Any) -> None:
+        command = {"type": "run_task", "run_id": run_id, "task_id": "task", "delivery": {}}
+        (session or self.session).submit(command, DeliveryOptions(**delivery), self.events.put, wait=wait)
+
+    def next(self) -> dict[str, Any]:
+        return self.events.get(timeout=WAIT)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Fixture]]:
+    """Make fixtures, and close their links afterwards."""
+    made: list[Fixture] = []
+
+    def factory(**config: Any) -> Fixture:
+        made.append(Fixture(**config))
+        return made[-1]
+
+    yield factory
+    for fixture in made:
+        fixture.transport.resume_reading()
+        fixture.link.close(WAIT)
+
+
+def test_a_run_goes_out_and_its_events_come_back(make: Callable[..., Fixture]) -> None:
+    """The first use dials; events reach the run's own sink in order."""
+    fixture = make()
+    fixture.submit("r1")
+    assert fixture.transport.sent(1)[0]["run_id"] == "r1"
+    fixture.transport.feed({"type": "task_started", "run_id": "r1"}, {"type": "task_result", "run_id": "r1"})
+    assert [fixture.next()["type"], fixture.next()["type"]] == ["task_started", "task_result"]
+    assert fixture.link.state is LinkState.READY
+
+
+def test_one_dial_for_many_threads(make: Callable[..., Fixture]) -> None:
+    """However many threads come first, one connection is made."""
+    fixture = make()
+    threads = [threading.Thread(target=fixture.submit, args=(f"r{n}",)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert len(fixture.transport.sent(16)) == 16
+    assert fixture.link.stats()["dials"] == 1
+
+
+def test_a_rejected_handshake_fails_every_waiter(make: Callable[..., Fixture]) -> None:
+    """Runs and connect() alike get the dial's error, and the next use dials again."""
+    fixture = make()
+    fixture.transport.dial_error = AuthenticationRejected("no", status=401)
+    with pytest.raises(AuthenticationRejected):
+        fixture.link.connect(Deadline())
+    assert fixture.link.state is LinkState.FATAL
+    fixture.submit("r1")
+    assert isinstance(fixture.next()["exception"], AuthenticationRejected)
+    fixture.transport.dial_error = None
+    fixture.submit("r2")
+    assert fixture.transport.sent(1)[0]["run_id"] == "r2"
+
+
+def test_loss_ends_every_run_and_the_next_use_dials(make: Callable[..., Fixture]) -> None:
+    """ConnectionLost with the peer's close code for each run on its way."""
+    fixture = make()
+    for number in range(3):
+        fixture.submit(f"r{number}")
+    fixture.transport.sent(3)
+    fixture.transport.hang_up(1012, "restart")
+    errors = [fixture.next()["exception"] for _ in range(3)]
+    assert all(isinstance(error, ConnectionLost) and error.close_code == 1012 for error in errors)
+    fixture.transport = MemoryTransport(fixture.clock)
+    fixture.link._dial = fixture.transport.dial
+    fixture.submit("again")
+    assert fixture.transport.sent(1)[0]["run_id"] == "again"
+    assert fixture.link.stats()["losses"] == 1
+
+
+def test_deadline_fires_while_the_peer_does_not_read(make: Callable[..., Fixture]) -> None:
+    """A run that could not be sent is taken back, and nothing of it goes out later."""
+    fixture = make()
+    fixture.link.connect(Deadline())
+    fixture.transport.reading = False
+    fixture.submit("r1", wait=False, delivery_timeout=5.0)
+    fixture.clock.advance(5.0)
+    error = fixture.next()["exception"]
+    assert isinstance(error, DeliveryTimeout)
+    fixture.transport.resume_reading()
+    fixture.submit("r2")
+    assert [frame["run_id"] for frame in fixture.transport.sent(1)] == ["r2"]
+
+
+def test_silence_cancels_at_the_worker(make: Callable[..., Fixture]) -> None:
+    """Missing heartbeats end the run with Wove's text and send cancel_task."""
+    fixture = make()
+    fixture.submit("r1", delivery_heartbeat_seconds=2.0)
+    fixture.transport.sent(1)
+    fixture.clock.advance(1.9)
+    fixture.transport.feed({"type": "heartbeat", "run_id": "r1"})
+    assert fixture.next()["type"] == "heartbeat"
+    fixture.clock.advance(1.9)
+    fixture.clock.advance(0.1)
+    assert isinstance(fixture.next()["exception"], DeliveryTimeout)
+    assert fixture.transport.sent(2)[1]["type"] == "cancel_task"
+
+
+def test_a_suspended_host_reads_before_it_judges(make: Callable[..., Fixture]) -> None:
+    """What arrived while this process stood still counts, however late the clock is."""
+    fixture = make()
+    fixture.submit("r1", delivery_heartbeat_seconds=2.0)
+    fixture.transport.sent(1)
+    held, go_on = threading.Event(), threading.Event()
+
+    def slow_sink(event: dict[str, Any]) -> None:
+        held.set()
+        go_on.wait(WAIT)
+
+    command = {"type": "run_task", "run_id": "slow", "task_id": "task", "delivery": {}}
+    fixture.session.submit(command, DeliveryOptions(), slow_sink)
+    fixture.transport.feed({"type": "task_started", "run_id": "slow"})
+    assert held.wait(WAIT)
+    fixture.transport.feed({"type": "heartbeat", "run_id": "r1"})
+    fixture.clock.advance(60.0)
+    go_on.set()
+    assert fixture.next()["type"] == "heartbeat"
+    fixture.transport.feed({"type": "task_result", "run_id": "r1"})
+    assert fixture.next()["type"] == "task_result"
+
+
+def test_a_quiet_peer_is_pinged_and_then_given_up(make: Callable[..., Fixture]) -> None:
+    """No byte within pong_timeout of a ping is a loss."""
+    fixture = make(ping_interval=10.0, pong_timeout=5.0)
+    fixture.submit("r1")
+    fixture.transport.sent(1)
+    fixture.clock.advance(10.0)
+    with fixture.transport._changed:
+        assert fixture.transport._changed.wait_for(lambda: fixture.transport.pings == 1, WAIT)
+    fixture.clock.advance(5.0)
+    error = fixture.next()["exception"]
+    assert isinstance(error, ConnectionLost)
+    assert "no bytes for 5.0 s after a ping" in error.reason
+
+
+@pytest.mark.parametrize("message", [b"{", b"\xff", b"[" * 100_000, b"1" * 5_000])
+def test_what_is_not_json_closes_with_1007(make: Callable[..., Fixture], message: bytes) -> None:
+    """It may have been a terminal event, so the connection cannot go on."""
+    fixture = make()
+    fixture.submit("r1")
+    fixture.transport.sent(1)
+    fixture.transport.feed(message)
+    error = fixture.next()["exception"]
+    assert isinstance(error, ConnectionLost) and error.close_code == 1007
+    assert fixture.transport.closes[0][0] == 1007
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        None,
+        42,
+        [],
+        {"events": []},
+        {"events": {}},
+        {"type": "task_progress", "run_id": "r1"},
+        {"run_id": "r1"},
+        {"type": "task_result"},
+        {"type": "task_result", "run_id": ["r1"]},
+        {"type": "task_result", "run_id": "unknown"},
+        [None, {"type": "task_result", "run_id": 7}],
+    ],
+)
+def test_odd_json_is_counted_and_hurts_nobody(make: Callable[..., Fixture], message: Any) -> None:
+    """A hundred runs go on behind it."""
+    fixture = make()
+    for number in range(100):
+        fixture.submit(f"r{number}")
+    fixture.transport.sent(100)
+    fixture.transport.feed(message)
+    fixture.transport.feed({"events": [{"type": "task_result", "run_id": f"r{n}"} for n in range(100)]})
+    assert {fixture.next()["run_id"] for _ in range(100)} == {f"r{n}" for n in range(100)}
+    dropped = sum(count for key, count in fixture.link.stats().items() if key.startswith("dropped_"))
+    assert dropped == (0 if message in ([], {"events": []}) else len(message) if isinstance(message, list) else 1)
+
+
+def test_a_failing_receiver_hurts_only_itself(make: Callable[..., Fixture]) -> None:
+    """An exception out of a sink is logged; the reader goes on."""
+    fixture = make()
+
+    def broken(event: dict[str, Any]) -> None:
+        raise RuntimeError("broken")
+
+    command = {"type": "run_task", "run_id": "broken", "task_id": "task", "delivery": {}}
+    fixture.session.submit(command, DeliveryOptions(), broken)
+    fixture.submit("r1")
+    fixture.transport.feed({"type": "task_result", "run_id": "broken"}, {"type": "task_result", "run_id": "r1"})
+    assert fixture.next()["run_id"] == "r1"
+
+
+def test_one_session_never_ends_anothers_runs(make: Callable[..., Fixture]) -> None:
+    """Closing a session cancels its own runs; the connection and the others stay."""
+    fixture = make()
+    other = fixture.new_session()
+    fixture.submit("mine")
+    fixture.submit("theirs", session=other)
+    fixture.transport.sent(2)
+    fixture.session.close()
+    assert fixture.next()["run_id"] == "mine"
+    assert fixture.transport.sent(3)[2]["type"] == "cancel_task"
+    fixture.transport.feed({"type": "task_result", "run_id": "theirs"})
+    assert fixture.next()["run_id"] == "theirs"
+
+
+def test_an_idle_link_says_goodbye(make: Callable[..., Fixture]) -> None:
+    """Without sessions it sends shutdown and closes after idle_timeout; its threads end."""
+    fixture = make(idle_timeout=60.0, ping_interval=1000.0)
+    fixture.link.connect(Deadline())
+    fixture.session.close()
+    fixture.clock.advance(59.0)
+    assert fixture.link.state is LinkState.READY
+    fixture.clock.advance(1.0)
+    assert fixture.transport.sent(1) == [{"type": "shutdown"}]
+    fixture.link.close(WAIT)
+    assert fixture.transport.disposed
+    assert fixture.link.state is LinkState.CLOSED
+    with pytest.raises(ExecutorClosed):
+        fixture.submit("late")
+
+
+def test_a_dropped_session_closes_the_link_behind_its_last_run(make: Callable[..., Fixture]) -> None:
+    """A collected executor's run goes on; then the link closes without waiting for idle_timeout."""
+    fixture = make(idle_timeout=1000.0)
+    fixture.submit("r1")
+    fixture.transport.sent(1)
+    connection = fixture.link._connection
+    assert connection is not None
+    fixture.session.drop()
+    fixture.transport.feed({"type": "task_result", "run_id": "r1"})
+    assert fixture.next()["type"] == "task_result"
+    assert connection.over.wait(WAIT)
+
+
+def test_max_in_flight_sends_the_next_when_one_ends(make: Callable[..., Fixture]) -> None:
+    """The reader frees the slot; the message leaves without any thread of the caller's."""
+    fixture = make()
+    for number in range(3):
+        fixture.submit(f"r{number}", delivery_max_in_flight=1)
+    assert len(fixture.transport.sent(1)) == 1
+    for number in range(3):
+        fixture.transport.feed({"type": "task_result", "run_id": f"r{number}"})
+        assert fixture.next()["run_id"] == f"r{number}"
+    assert [frame["run_id"] for frame in fixture.transport.sent(3)] == ["r0", "r1", "r2"]
+
+
+def test_closing_ends_runs_and_threads(make: Callable[..., Fixture]) -> None:
+    """close() leaves no run without an end and no thread behind."""
+    fixture = make()
+    fixture.submit("r1")
+    fixture.transport.sent(1)
+    fixture.link.close(WAIT)
+    assert fixture.next()["type"] == "task_cancelled"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("wove-ws-")]

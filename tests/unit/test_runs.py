@@ -1,0 +1,293 @@
+"""The run table: every rule of the state table, with chosen moments and no threads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from wove_ws_sync.errors import ConnectionLost, DeliveryTimeout
+from wove_ws_sync.options import DeliveryOptions
+from wove_ws_sync.runs import CancelAtWorker, Deliver, Effect, Run, RunState, RunTable
+
+
+@dataclasses.dataclass
+class Receipt:
+    """A message in the transport's hands."""
+
+    started: bool = True
+    sent_at: float | None = 0.0
+
+
+def make_run(run_id: str = "r", **delivery: Any) -> Run:
+    return Run(
+        run_id=run_id,
+        task_id="task",
+        message=b"{}",
+        delivery=DeliveryOptions(**delivery),
+        session="session",
+        environment="env",
+        sink=lambda event: None,
+    )
+
+
+def table() -> RunTable:
+    return RunTable(cancel_ack_timeout=10.0)
+
+
+def on_its_way(runs: RunTable, run: Run, now: float = 0.0, receipt: Receipt | None = None) -> Run:
+    runs.register(run, now)
+    for ready in runs.take_ready():
+        runs.sent(ready, receipt or Receipt(sent_at=now), now)
+    return run
+
+
+def event(kind: str, run_id: str = "r", **fields: Any) -> dict[str, Any]:
+    return {"type": kind, "run_id": run_id, **fields}
+
+
+def delivered(effects: list[Effect]) -> list[dict[str, Any]]:
+    return [effect.event for effect in effects if isinstance(effect, Deliver)]
+
+
+def cancels(effects: list[Effect]) -> list[str]:
+    return [effect.run.run_id for effect in effects if isinstance(effect, CancelAtWorker)]
+
+
+def test_result_ends_a_run_once() -> None:
+    """The first terminal event wins; what comes later is counted and dropped."""
+    runs = table()
+    run = on_its_way(runs, make_run())
+    assert delivered(runs.receive(event("task_started"), 1.0)) == [event("task_started")]
+    assert run.state is RunState.RUNNING
+    assert len(delivered(runs.receive(event("task_result"), 2.0))) == 1
+    assert run.state is RunState.DONE
+    assert runs.receive(event("task_error"), 3.0) == []
+    assert runs.dropped["unknown_run"] == 1
+    assert len(runs) == 0
+
+
+def test_an_id_in_flight_is_refused() -> None:
+    """Two runs of one id could not be told apart."""
+    runs = table()
+    on_its_way(runs, make_run())
+    with pytest.raises(ValueError, match="'r' is already in flight"):
+        runs.register(make_run(), 0.0)
+
+
+def test_an_id_may_be_used_again_after_its_end() -> None:
+    """Ended runs leave nothing behind."""
+    runs = table()
+    on_its_way(runs, make_run())
+    runs.receive(event("task_result"), 1.0)
+    on_its_way(runs, make_run())
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("receipt", [None, Receipt(started=False, sent_at=None), Receipt()])
+def test_deadline_counts_from_register(receipt: Receipt | None) -> None:
+    """delivery_timeout covers the queue, the send and the run alike, with Wove's text."""
+    runs = table()
+    run = make_run(delivery_timeout=3.0)
+    runs.register(run, 100.0)
+    if receipt is not None:
+        runs.take_ready()
+        runs.sent(run, receipt, 101.0)
+    assert runs.next_alarm() == 103.0
+    assert runs.tick(102.9) == []
+    effects = runs.tick(103.0)
+    [ended] = delivered(effects)
+    assert isinstance(ended["exception"], DeliveryTimeout)
+    assert str(ended["exception"]) == "Delivery timeout exceeded for task 'task' (3.0s)."
+    assert cancels(effects) == ["r"]
+    assert run.state is RunState.TIMED_OUT
+    assert runs.next_alarm() is None or runs.tick(1e9) == []
+
+
+def test_silence_ends_a_run_and_cancels_it_at_the_worker() -> None:
+    """The heartbeat deadline, with Wove's text."""
+    runs = table()
+    on_its_way(runs, make_run(delivery_heartbeat_seconds=1.0), now=10.0)
+    assert runs.tick(10.9) == []
+    effects = runs.tick(11.0)
+    assert cancels(effects) == ["r"]
+    assert str(delivered(effects)[0]["exception"]) == (
+        "Delivery heartbeat timed out for task 'task' after 1.0s without heartbeat."
+    )
+
+
+@pytest.mark.parametrize("kind", ["task_started", "heartbeat", "log"])
+def test_every_event_of_the_run_is_life(kind: str) -> None:
+    """A log says as much as a heartbeat."""
+    runs = table()
+    on_its_way(runs, make_run(delivery_heartbeat_seconds=1.0))
+    runs.receive(event(kind), 0.9)
+    assert runs.tick(1.8) == []
+    assert delivered(runs.tick(1.9))
+
+
+def test_foreign_workers_get_twice_the_heartbeat() -> None:
+    """Wove's own worker beats exactly at the value, which leaves no margin."""
+    runs = table()
+    runs.heartbeat_factor = 2.0
+    on_its_way(runs, make_run(delivery_heartbeat_seconds=1.0))
+    assert runs.tick(1.9) == []
+    assert delivered(runs.tick(2.0))
+
+
+def test_bytes_of_an_unfinished_message_are_life_for_all() -> None:
+    """While one message fills the wire, no heartbeat can come."""
+    runs = table()
+    on_its_way(runs, make_run(delivery_heartbeat_seconds=1.0))
+    assert runs.tick(1.0, floor=0.9) == []
+    assert runs.tick(1.8, floor=0.9) == []
+    assert delivered(runs.tick(1.9, floor=0.9))
+
+
+def test_the_heartbeat_clock_starts_when_the_last_byte_left() -> None:
+    """A worker cannot answer what it has not got."""
+    runs = table()
+    receipt = Receipt(started=True, sent_at=None)
+    on_its_way(runs, make_run(delivery_heartbeat_seconds=1.0), receipt=receipt)
+    for now in (1.0, 2.0, 3.0, 4.0):
+        assert runs.tick(now) == []
+    receipt.sent_at = 4.5
+    assert runs.tick(5.0) == []
+    assert delivered(runs.tick(5.5))
+
+
+def test_best_effort_cancel_ends_at_once() -> None:
+    """cancel_task goes out, nobody waits, the late result is dropped."""
+    runs = table()
+    run = on_its_way(runs, make_run())
+    effects = runs.cancel(run, 1.0)
+    assert cancels(effects) == ["r"]
+    assert delivered(effects) == [{"type": "task_cancelled", "run_id": "r", "task_id": "task", "acknowledged": False}]
+    assert runs.cancel(run, 1.1) == []
+    assert runs.receive(event("task_result"), 2.0) == []
+
+
+def test_require_ack_waits_for_the_worker() -> None:
+    """Under require_ack a run is cancelled only when the worker says so."""
+    runs = table()
+    run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack"))
+    effects = runs.cancel(run, 1.0)
+    assert cancels(effects) == ["r"] and delivered(effects) == []
+    assert run.state is RunState.CANCELLING
+    [ended] = delivered(runs.receive(event("task_cancelled"), 2.0))
+    assert ended["acknowledged"] is True
+
+
+def test_require_ack_lets_a_result_win() -> None:
+    """A result that comes before the acknowledgement is the run's end."""
+    runs = table()
+    run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack"))
+    runs.cancel(run, 1.0)
+    assert delivered(runs.receive(event("task_result"), 2.0)) == [event("task_result")]
+    assert run.state is RunState.DONE
+
+
+@pytest.mark.parametrize(("delivery_timeout", "moment"), [(None, 11.0), (5.0, 5.0)])
+def test_require_ack_waits_no_longer_than_it_may(delivery_timeout: float | None, moment: float) -> None:
+    """cancel_ack_timeout, or the run's deadline if that comes first."""
+    runs = table()
+    run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack", delivery_timeout=delivery_timeout))
+    runs.cancel(run, 1.0)
+    assert runs.tick(moment - 0.1) == []
+    [ended] = delivered(runs.tick(moment))
+    assert ended["type"] == "task_cancelled" and ended["acknowledged"] is False
+
+
+@pytest.mark.parametrize(
+    ("answer", "acknowledged", "late"),
+    [("task_cancelled", True, False), ("task_result", False, True), (None, False, False)],
+)
+def test_require_ack_after_a_timeout(answer: str | None, acknowledged: bool, late: bool) -> None:
+    """The deadline is final; the error says what the worker answered to the cancel."""
+    runs = table()
+    on_its_way(runs, make_run(delivery_cancel_mode="require_ack", delivery_heartbeat_seconds=1.0))
+    assert cancels(runs.tick(1.0)) == ["r"]
+    effects = runs.receive(event(answer), 2.0) if answer else runs.tick(11.0)
+    error = delivered(effects)[0]["exception"]
+    assert isinstance(error, DeliveryTimeout)
+    assert (error.cancel_acknowledged, error.late_result) == (acknowledged, late)
+
+
+def test_what_never_left_is_cancelled_for_sure() -> None:
+    """A run still in the queue ends acknowledged, under either mode."""
+    for mode in ("best_effort", "require_ack"):
+        runs = table()
+        run = make_run(delivery_cancel_mode=mode)
+        runs.register(run, 0.0)
+        [ended] = delivered(runs.cancel(run, 0.0))
+        assert ended["acknowledged"] is True
+        assert runs.take_ready() == []
+
+
+def test_slots_hold_back_and_let_go_in_order() -> None:
+    """delivery_max_in_flight: at most so many at once, the next when one ends."""
+    runs = table()
+    for number in range(4):
+        runs.register(make_run(f"r{number}", delivery_max_in_flight=2), 0.0)
+    first = runs.take_ready()
+    assert [run.run_id for run in first] == ["r0", "r1"]
+    for run in first:
+        runs.sent(run, Receipt(), 0.0)
+    waiting = runs.get("r2")
+    assert waiting is not None
+    runs.cancel(waiting, 0.5)
+    runs.receive(event("task_result", "r0"), 1.0)
+    assert [run.run_id for run in runs.take_ready()] == ["r3"]
+    runs.receive(event("task_result", "r1"), 1.0)
+    assert runs.take_ready() == []
+
+
+def test_loss_ends_every_run() -> None:
+    """ConnectionLost for each, saying whether it may have run."""
+    runs = table()
+    on_its_way(runs, make_run("sent"))
+    runs.register(make_run("queued"), 0.0)
+    errors = {item["run_id"]: item["exception"] for item in delivered(runs.lost(1006, "gone"))}
+    assert all(isinstance(error, ConnectionLost) for error in errors.values())
+    assert errors["sent"].maybe_executed and not errors["queued"].maybe_executed
+    assert errors["sent"].close_code == 1006
+    assert len(runs) == 0
+
+
+@pytest.mark.parametrize("policy", ["fail", "requeue", "detach"])
+def test_loss_keeps_woves_text_for_its_policies(policy: str) -> None:
+    """Programs match on it."""
+    runs = table()
+    on_its_way(runs, make_run(delivery_orphan_policy=policy))
+    [ended] = delivered(runs.lost(None, ""))
+    assert str(ended["exception"]) == (
+        f"Task 'task' orphaned after receiver failure in environment 'env' (policy='{policy}')."
+    )
+
+
+@pytest.mark.parametrize(("policy", "frames"), [("cancel", 1), ("fail", 1), ("requeue", 1), ("detach", 0)])
+def test_stopping_ends_runs_by_policy(policy: str, frames: int) -> None:
+    """All policies but detach send one cancel_task; other sessions are not touched."""
+    runs = table()
+    on_its_way(runs, make_run(delivery_orphan_policy=policy))
+    other = make_run("other")
+    other.session = "another"
+    on_its_way(runs, other)
+    effects = runs.abandon("session")
+    assert len(cancels(effects)) == frames
+    [ended] = delivered(effects)
+    if policy == "cancel":
+        assert ended["type"] == "task_cancelled"
+    else:
+        assert str(ended["exception"]) == f"Task 'task' became orphaned in environment 'env' with policy '{policy}'."
+    assert [run.run_id for run in runs.of_all()] == ["other"]
+
+
+def test_alarms_of_ended_runs_are_forgotten() -> None:
+    """A long delivery_timeout must not hold memory after the run."""
+    runs = table()
+    for number in range(10_000):
+        on_its_way(runs, make_run(f"r{number}", delivery_timeout=3600.0))
+        runs.receive(event("task_result", f"r{number}"), 0.0)
+    assert len(runs._alarms) <= 128

@@ -1,0 +1,173 @@
+"""The upgrade of a connected wire to a WebSocket.
+
+Owns: the request as it is sent, and the judgement on the response. Never: follows a
+redirect, reads a response body, keeps or sends a cookie of the library's process-wide jar.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import email.utils
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import websocket
+
+from ._route import place
+from ._wire import NotHTTP, Wire
+from .errors import AuthenticationRejected, HandshakeRejected
+from .options import LinkOptions, check_header
+
+__all__ = ["upgrade"]
+
+_ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+_MAX_RETRY_AFTER = 60.0
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9][0-9])(?: .*)?")
+_REMEDIES = {
+    401: "Check executor_config.security: secret, key and clock must match the worker's.",
+    403: "Check executor_config.security and what this host may do there.",
+    404: "Check the path of executor_config.url.",
+}
+
+
+def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Mapping[str, str]:
+    """Do the opening handshake; return the response's headers, names in lower case.
+
+    Raises HandshakeRejected for every answer but a valid upgrade, and what the wire raises.
+    """
+    for name, value in headers.items():
+        check_header(name, value)
+    key = base64.b64encode(os.urandom(16)).decode()
+    seam = _Seam(wire, options, headers, key)
+    ws = websocket.WebSocket(enable_multithread=False, skip_utf8_validation=True)
+    try:
+        ws.connect(  # type: ignore[no-untyped-call]
+            # The name is for the library only, which looks up cookies and proxies by it.
+            f"{'wss' if options.secure else 'ws'}://worker.invalid:{options.port}/",
+            socket=seam,
+            host=_host_header(options),
+            header={"Sec-WebSocket-Key": key},
+            timeout=options.open_timeout,
+            redirect_limit=0,
+            suppress_origin=True,
+        )
+    except websocket.WebSocketTimeoutException:
+        raise TimeoutError("timed out during opening handshake") from None
+    except websocket.WebSocketException:
+        # The library's own text may hold headers.
+        raise seam.invalid("the upgrade headers are missing or wrong") from None
+    return seam.response
+
+
+def _host_header(options: LinkOptions) -> str:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return host if options.port == (443 if options.secure else 80) else f"{host}:{options.port}"
+
+
+class _Seam:
+    """The socket that websocket-client sees while it shakes hands.
+
+    On the way out it puts in what the library must not touch: the exact target (the
+    library drops some of it) and the headers with secrets (its trace would log them). On
+    the way in it judges the response first and shows the library only the lines it checks.
+    """
+
+    def __init__(self, wire: Wire, options: LinkOptions, headers: Mapping[str, str], key: str) -> None:
+        self.response: dict[str, str] = {}
+        self._wire = wire
+        self._place = place(options)
+        self._request_line = f"GET {options.target} HTTP/1.1\r\n".encode("latin-1")
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+        self._accept = base64.b64encode(hashlib.sha1((key + _ACCEPT_GUID).encode()).digest()).decode()
+        self._answer = b""
+
+    def send(self, data: bytes) -> int:
+        """Send the library's request with our target and headers."""
+        lines = data.partition(b"\r\n")[2]
+        self._wire.send(self._request_line + lines.removesuffix(b"\r\n") + self._headers + b"\r\n")
+        return len(data)
+
+    def recv(self, size: int) -> bytes:
+        """Return the next bytes of the part of the response that the library checks."""
+        if not self._answer:
+            self._answer = self._judge()
+        piece, self._answer = self._answer[:size], self._answer[size:]
+        return piece
+
+    def _judge(self) -> bytes:
+        try:
+            head = self._wire.read_head()
+        except NotHTTP as exc:
+            raise self._rejected(None, f"did not answer the handshake properly: {exc}.") from None
+        status_line, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
+        match = _STATUS_LINE.fullmatch(status_line)
+        fields = [line.partition(b":") for line in lines]
+        if match is None or not all(colon and name.strip() == name != b"" for name, colon, _ in fields):
+            raise self._rejected(None, "did not answer the handshake properly: malformed headers.")
+        for name, _, value in fields:
+            lower, text = name.decode("latin-1").lower(), value.strip().decode("latin-1")
+            self.response[lower] = f"{self.response[lower]}, {text}" if lower in self.response else text
+        if match[1] != b"101":
+            raise self._refusal(int(match[1]))
+        for unasked in ("sec-websocket-extensions", "sec-websocket-protocol"):
+            if unasked in self.response:
+                raise self.invalid(f"it has a {unasked} header, which was not asked for")
+        # The library compares without regard to case; RFC 6455, 4.1 does not.
+        if self.response.get("sec-websocket-accept") != self._accept:
+            raise self.invalid("its Sec-WebSocket-Accept does not fit the request")
+        checked = (b"upgrade", b"connection", b"sec-websocket-accept")
+        shown = [line for line, (name, _, _) in zip(lines, fields, strict=True) if name.lower() in checked]
+        return b"\r\n".join([b"HTTP/1.1 101 Switching Protocols", *shown, b"", b""])
+
+    def _refusal(self, status: int) -> HandshakeRejected:
+        remedy = _REMEDIES.get(status, "")
+        if 300 <= status < 400:
+            remedy = "Redirects are not followed; set executor_config.url to the final address."
+        text = f"rejected the handshake with HTTP {status}."
+        return self._rejected(status, f"{text} {remedy}".strip(), _retry_after(self.response))
+
+    def invalid(self, fault: str) -> HandshakeRejected:
+        """Return the error for a 101 that is no valid upgrade."""
+        return self._rejected(101, f"answered the handshake with an invalid upgrade: {fault}.")
+
+    def _rejected(self, status: int | None, text: str, retry_after: float | None = None) -> HandshakeRejected:
+        kind = AuthenticationRejected if status in (401, 403) else HandshakeRejected
+        return kind(f"The worker service at {self._place} {text}", status=status, retry_after=retry_after)
+
+    def gettimeout(self) -> None:
+        """Return None: the wire keeps the deadline."""
+
+    def settimeout(self, timeout: Any) -> None:
+        """Ignore the library's timeout."""
+
+    def fileno(self) -> int:
+        """Return the wire's descriptor."""
+        return self._wire.fileno()
+
+    def shutdown(self, how: int = 0) -> None:
+        """Leave the wire alone: it belongs to the dial."""
+
+    def close(self) -> None:
+        """Leave the wire alone: it belongs to the dial."""
+
+
+def _retry_after(response: Mapping[str, str]) -> float | None:
+    """Return the seconds that the server asks to wait, at most a minute; None if it does not."""
+    text = response.get("retry-after", "")
+    if text.isascii() and text.isdigit():
+        return min(_MAX_RETRY_AFTER, float(text[:9]))
+    moment, now = _date(text), _date(response.get("date", "")) or datetime.datetime.now(datetime.UTC)
+    return None if moment is None else min(_MAX_RETRY_AFTER, max(0.0, (moment - now).total_seconds()))
+
+
+def _date(text: str) -> datetime.datetime | None:
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, binascii.Error):
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

@@ -1,0 +1,201 @@
+"""The way to the peer: name, address, proxy, certificate.
+
+Owns: DNS, TCP, the HTTP CONNECT proxy and the TLS settings, all under one deadline.
+Never: uses a proxy or a certificate that the configuration does not name; the
+environment's proxies are ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import itertools
+import logging
+import os
+import queue
+import socket
+import ssl
+import threading
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any
+
+from . import security
+from ._wire import NotHTTP, Wire
+from .options import LinkOptions
+from .timing import Clock, Deadline
+
+__all__ = ["connect", "place", "tls_context"]
+
+_log = logging.getLogger("wove_ws_sync.host")
+_numbers = itertools.count(1)
+
+_Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
+
+
+def place(options: LinkOptions) -> str:
+    """Return ``host:port`` of the worker service, as messages name it."""
+    return _host_port(options.host, options.port)
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def connect(options: LinkOptions, context: ssl.SSLContext | None, deadline: Deadline, clock: Clock) -> Wire:
+    """Return the bytes' way to the worker service, TLS included, ready for the upgrade request.
+
+    Raises OSError (its subclasses for names, refusals, timeouts and certificates), and
+    ValueError if a target that is exempt from TLS or security as a local one is not local.
+    """
+    host, port = options.proxy_address or (options.host, options.port)
+    wire = Wire(_connect_any(_resolve(host, port, deadline, clock), deadline, clock), clock, deadline)
+    try:
+        if security.loopback_only(options) and not security.is_loopback_address(wire.peer_address()):
+            raise ValueError(
+                "websocket executor uses an insecure network transport. "
+                "Use TLS or set executor_config.insecure=True for development. "
+                f"({host} was reached at {wire.peer_address()}, which is not a loopback address.)"
+            )
+        if options.proxy:
+            _tunnel(wire, options, options.proxy)
+        _set_options(wire, options)
+        if context is not None:
+            wire.start_tls(context, (options.server_hostname or options.host).rstrip("."))
+    except BaseException:
+        wire.close()
+        raise
+    return wire
+
+
+def _set_options(wire: Wire, options: LinkOptions) -> None:
+    unanswered = int((options.ping_interval + options.pong_timeout) * 1000)
+    for level, name, value in (
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 30),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 10),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+        # Unlike keepalive it also ends a connection with unacknowledged bytes.
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", min(unanswered, 2**31 - 1)),
+    ):
+        if hasattr(socket, name):  # not every system has all of them
+            wire.set_option(level, getattr(socket, name), value)
+
+
+def _resolve(host: str, port: int, deadline: Deadline, clock: Clock) -> _Addresses:
+    """Return every address of *host*, asked in a thread: a resolver that stalls cannot be interrupted."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    else:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    answers: queue.SimpleQueue[_Addresses | BaseException] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except BaseException as exc:
+            answers.put(exc)
+
+    threading.Thread(target=ask, name=f"wove-ws-resolver-{next(_numbers)}", daemon=True).start()
+    try:
+        answer = answers.get(timeout=deadline.remaining(clock.monotonic()))
+    except queue.Empty:
+        raise TimeoutError("the name was not resolved in time") from None
+    if isinstance(answer, BaseException):
+        try:
+            raise answer
+        finally:
+            del answer  # the exception's traceback holds this frame: no cycle
+    return answer
+
+
+def _connect_any(addresses: _Addresses, deadline: Deadline, clock: Clock) -> socket.socket:
+    """Return a socket connected to the first address that answers.
+
+    Each address gets its share of the time left, so that a silent one leaves time for the next.
+    """
+    error: OSError = OSError("the name has no address")
+    for position, (family, kind, protocol, _, address) in enumerate(addresses):
+        remaining = deadline.remaining(clock.monotonic())
+        if remaining == 0.0:
+            break
+        raw = socket.socket(family, kind, protocol)
+        try:
+            raw.settimeout(None if remaining is None else remaining / (len(addresses) - position))
+            raw.connect(address)
+            return raw
+        except OSError as exc:
+            raw.close()
+            error = exc
+        except BaseException:
+            raw.close()
+            raise
+    try:
+        raise error
+    finally:
+        del error
+
+
+def _tunnel(wire: Wire, options: LinkOptions, proxy: str) -> None:
+    """Have the HTTP proxy connect the wire to the worker service."""
+    account = urllib.parse.urlsplit(proxy)
+    target = _host_port(options.host, options.port)
+    request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+    if account.username is not None:
+        user = ":".join(map(urllib.parse.unquote, (account.username, account.password or "")))
+        request += f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}\r\n"
+    wire.send(f"{request}\r\n".encode("latin-1"))
+    name = _host_port(account.hostname or "", account.port or 0)
+    try:
+        words = wire.read_head().split(None, 2)
+    except NotHTTP as exc:
+        raise ConnectionError(f"The proxy {name} did not answer CONNECT properly: {exc}.") from None
+    status = words[1].decode("ascii", "replace") if len(words) > 1 else ""
+    if len(status) != 3 or not status.startswith("2"):
+        raise ConnectionError(f"The proxy {name} refused to connect to {target} (HTTP {status[:3]}).")
+    if wire.buffered and options.secure:
+        raise ConnectionError(f"The proxy {name} sent bytes of its own into the connection to {target}.")
+
+
+def tls_context(options: LinkOptions) -> ssl.SSLContext | None:
+    """Return the TLS settings for one dial, None for ws://; files are read anew, as they may be rotated.
+
+    Raises OSError or ssl.SSLError that names the key of the file that is missing or malformed.
+    """
+    if not options.secure:
+        return None
+    if os.environ.get("SSLKEYLOGFILE"):
+        _log.warning("SSLKEYLOGFILE is set: the TLS keys of this connection are written to a file")
+    ca_file = options.ca_file
+    context: ssl.SSLContext = _load("ca_file", ca_file, ssl.create_default_context, cafile=ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Without renegotiation a write never has to wait for a read.
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    if options.client_cert_file:
+        _load(
+            "client_cert_file",
+            options.client_cert_file,
+            context.load_cert_chain,
+            certfile=options.client_cert_file,
+            keyfile=options.client_key_file,
+            password=str,  # an encrypted key is an error, never a prompt on the terminal
+        )
+    if options.insecure:
+        _log.warning("executor_config.insecure=True: the certificate of %s is not verified", place(options))
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _load(key: str, path: str | None, loader: Any, **arguments: Any) -> Any:
+    try:
+        return loader(**arguments)
+    except ssl.SSLError as exc:
+        text = f"executor_config.{key} {path!r} is not a usable PEM file ({exc.reason or 'malformed'})"
+        raise ssl.SSLError(exc.errno or 1, text) from None
+    except OSError as exc:
+        raise OSError(exc.errno, f"executor_config.{key} cannot be read: {exc.strerror}", path) from None

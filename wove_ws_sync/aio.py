@@ -1,0 +1,243 @@
+"""The asyncio shim: what Wove drives when ``executor="websocket"`` is this package.
+
+Owns: which ``start()`` a ``send()`` or ``recv()`` belongs to, and the hop from the link's
+threads into an event loop. Never: blocks the loop, keeps a thread or a table of runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import wove
+
+from . import payloads, security
+from .errors import DeliveryTimeout
+from .frames import TERMINAL_EVENTS
+from .link import LinkState
+from .options import LinkOptions
+from .session import Session, open_session
+from .sync import NOT_STARTED, check_frame, frame_delivery, run_defaults
+
+__all__ = ["AsyncWebSocketEnvironmentExecutor"]
+
+# Up to this many bytes of pickles are sent from the loop's own thread without blocking it;
+# more goes through a thread that may wait for the network.
+_INLINE_BYTES = 256 * 1024
+
+
+class _Inbox:
+    """The events one ``recv()`` loop waits for. Belongs to its loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: deque[dict[str, Any]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> dict[str, Any]:
+        while not self._events:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._events.popleft()
+
+
+class _Group:
+    """The ``start()`` calls of one weave: one session, an inbox for each environment.
+
+    A weave whose environments share an executor instance does not say on ``send()`` which
+    of them it means, so every inbox gets every event; Wove ignores runs it does not know.
+    """
+
+    def __init__(self, session: Session, run_config: Mapping[str, Any]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task()
+        self.session = session
+        self.defaults = run_defaults(run_config)
+        self.inboxes: list[_Inbox] = []
+        self.starts = 0
+        self._arrived: deque[dict[str, Any]] = deque()
+        self._scheduled = False
+        self._beating: dict[str, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def sink(self, event: dict[str, Any]) -> None:
+        """Take an event from one of the link's threads; many events make one wake-up."""
+        self._arrived.append(event)
+        if not self._scheduled:
+            self._scheduled = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                self.loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._scheduled = False
+        while self._arrived:
+            event = self._arrived.popleft()
+            if event["type"] in TERMINAL_EVENTS:
+                self._beating.pop(event["run_id"], None)
+            for inbox in self.inboxes:
+                inbox.put(event)
+
+    def keep_beating(self, run_id: str, interval: float) -> None:
+        """Show Wove a heartbeat for as long as the link holds the run to be alive.
+
+        Wove's own timer knows no margin, no log as a sign of life and no suspended host;
+        the link's watchdog does, and ends the run itself when it must.
+        """
+        self._beating[run_id] = interval
+        self._beat(run_id)
+        if self._timer is None:
+            self._timer = self.loop.call_later(interval / 3.0, self._beat_all)
+
+    def _beat_all(self) -> None:
+        self._timer = None
+        for run_id in self._beating:
+            self._beat(run_id)
+        if self._beating:
+            self._timer = self.loop.call_later(min(self._beating.values()) / 3.0, self._beat_all)
+
+    def _beat(self, run_id: str) -> None:
+        for inbox in self.inboxes:
+            inbox.put({"type": "heartbeat", "run_id": run_id})
+
+    def close(self) -> None:
+        self._beating.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        self.session.close()
+
+
+# Which start() the running code belongs to, for each executor instance.
+_current: ContextVar[Mapping[Any, tuple[_Group, _Inbox]]] = ContextVar("wove_ws_sync_current")
+
+
+class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
+    """A Wove environment executor over the shared link.
+
+    One instance may serve many weaves, threads and loops at once: a context variable set
+    in ``start()`` tells them apart. ``copy.deepcopy`` returns the instance itself, as Wove
+    copies its configuration.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[_Group] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncWebSocketEnvironmentExecutor:
+        return self
+
+    async def start(
+        self,
+        *,
+        environment_name: str,
+        environment_config: Mapping[str, Any],
+        run_config: Mapping[str, Any],
+    ) -> None:
+        """Join the link, dialling it in a thread of the loop's if it is not connected yet.
+
+        Raises what ``SyncWebSocketEnvironmentExecutor.start`` raises.
+        """
+        options = security.link_options(environment_config)
+        group = self._joinable(options)
+        if group is None:
+            group = _Group(open_session(options, environment_name), run_config)
+            try:
+                if group.session.link.state is not LinkState.READY:
+                    await asyncio.to_thread(group.session.connect)
+            except BaseException:
+                group.session.close()
+                raise
+            self._groups.append(group)
+        inbox = _Inbox(group.loop)
+        group.inboxes.append(inbox)
+        group.starts += 1
+        _current.set({**_current.get({}), self: (group, inbox)})
+
+    async def send(self, frame: Mapping[str, Any]) -> None:
+        """Send one command frame without blocking the loop.
+
+        Raises RuntimeError before ``start()``, ValueError for unknown types, ids in flight
+        and frames over ``max_message_bytes``, and whatever pickling the arguments raises.
+        """
+        group, _ = self._here()
+        kind = check_frame(frame)
+        if kind == "cancel_task":
+            group.session.cancel(frame["run_id"])
+            return
+        if kind == "shutdown":
+            group.session.abandon()
+            return
+        delivery = frame_delivery(frame, group.defaults)
+        command = payloads.encode_frame(frame)
+        submit = functools.partial(group.session.submit, command, delivery, group.sink)
+        if sum(len(value) for value in command.values() if isinstance(value, bytes)) <= _INLINE_BYTES:
+            submit(wait=False)
+        else:
+            await asyncio.to_thread(submit)
+        if delivery.delivery_heartbeat_seconds is not None:
+            group.keep_beating(frame["run_id"], delivery.delivery_heartbeat_seconds)
+            await asyncio.sleep(0)
+
+    async def recv(self) -> dict[str, Any]:
+        """Return the next event frame, decoded in the loop's thread."""
+        _, inbox = self._here()
+        event = payloads.decode_event(await inbox.get())
+        error = event.get("exception")
+        if isinstance(error, DeliveryTimeout):
+            # Wove takes any TimeoutError for the end of the task's own timeout and cancels.
+            event["exception"] = wove.DeliveryTimeoutError(str(error))
+        elif error is not None and isinstance(error.__cause__, payloads.RemoteTraceback):
+            error.add_note(str(error.__cause__))  # Wove raises it "from None", which drops the cause
+        return event
+
+    async def stop(self) -> None:
+        """End the runs of this ``start()`` by their orphan policies and let go of the link."""
+        here = self._find()
+        if here is None:
+            return
+        group = here[0]
+        group.starts -= 1
+        if group.starts:
+            return
+        group.close()
+        if group in self._groups:
+            self._groups.remove(group)
+        _current.set({key: value for key, value in _current.get({}).items() if key is not self})
+
+    def _joinable(self, options: LinkOptions) -> _Group | None:
+        """Return the group of the same weave, if an environment of it was started already."""
+        here = _current.get({}).get(self)
+        if here is None or here[0].task is not asyncio.current_task() or not here[0].starts:
+            return None
+        if here[0].session.link.options != options:
+            raise RuntimeError(
+                "One executor instance was given to environments with different settings in one weave; "
+                'give each environment its own instance, or executor="websocket".'
+            )
+        return here[0]
+
+    def _here(self) -> tuple[_Group, _Inbox]:
+        here = self._find()
+        if here is None:
+            raise RuntimeError(NOT_STARTED)
+        return here
+
+    def _find(self) -> tuple[_Group, _Inbox] | None:
+        here = _current.get({}).get(self)
+        if here is not None and here[0].starts:
+            return here
+        # Code that runs outside the context of start(): clear only if there is one in this loop.
+        loop = asyncio.get_running_loop()
+        groups = [group for group in self._groups if group.loop is loop and group.starts]
+        return (groups[0], groups[0].inboxes[0]) if len(groups) == 1 else None

@@ -1,0 +1,282 @@
+"""What ``bench`` measures: the contestants of each case, on one worker service.
+
+Owns: the worker, the connections and what one sample of each contestant is. Never: does
+statistics, prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import websocket
+import wove
+
+from .. import frames, payloads
+from ..aio import AsyncWebSocketEnvironmentExecutor
+from ..futures import WebSocketExecutor
+from ..session import close_links
+from ..testing import LoopbackWorker
+
+__all__ = ["CASES", "Case", "Contestant", "Ground", "Ratio"]
+
+_LOCAL, _WOVE, _OURS = "bench_local", "bench_wove", "bench_ours"
+_MIB = 1024 * 1024
+# What no healthy call takes; it ends a bench that hangs.
+_TIMEOUT = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One way to do the same thing; ``sample`` does it and returns one measurement."""
+
+    name: str
+    sample: Callable[[], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Two contestants compared: ``of`` divided by ``to``; ``over`` is taken off both first."""
+
+    name: str
+    of: str
+    to: str
+    goal: float
+    at_most: bool
+    over: str | None = None
+
+    def met(self, value: float) -> bool:
+        """Tell whether *value* reaches the goal."""
+        return value <= self.goal if self.at_most else value >= self.goal
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Contestants that are measured in turn, and how they are compared."""
+
+    name: str
+    title: str
+    unit: str
+    contestants: Sequence[Contestant]
+    ratios: Sequence[Ratio]
+
+
+# -- the tasks; both executors pickle them by their name ------------------------------
+
+
+def noop() -> None:
+    """Do nothing."""
+
+
+def nothing(item: int) -> None:
+    """Do nothing with *item*."""
+
+
+def length(blob: bytes) -> int:
+    """Return how many bytes arrived."""
+    return len(blob)
+
+
+def zeros(size: int) -> bytes:
+    """Return *size* bytes."""
+    return bytes(size)
+
+
+# -- the ground they run on -----------------------------------------------------------
+
+
+class Ground:
+    """The worker service, and Wove's configuration for it, while the context lasts.
+
+    Two environments name the same service, one on Wove's own executor, one on ours.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Ground:
+        with contextlib.ExitStack() as stack:
+            self.worker = stack.enter_context(LoopbackWorker())
+            stack.callback(close_links)
+            names = (_LOCAL, _WOVE, _OURS)
+            executors = ("local", wove.WebSocketEnvironmentExecutor(), AsyncWebSocketEnvironmentExecutor())
+            environments: Any = {
+                name: {"executor": executor, "executor_config": {} if executor == "local" else self.worker.config}
+                for name, executor in zip(names, executors, strict=True)
+            }
+            stack.callback(wove.config, environments=dict.fromkeys(names))
+            wove.config(environments=environments)
+            config = {**self.worker.config, "delivery_timeout": _TIMEOUT}
+            self.pool = stack.enter_context(WebSocketExecutor(**config))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def echo(self) -> websocket.WebSocket:
+        """Return a connection of websocket-client to an echo server in a process of its own."""
+        command = [sys.executable, "-m", f"{__package__}._bench_echo"]
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        server = self._stack.enter_context(_server([*command], {**os.environ, "PYTHONPATH": paths}))
+        connection = websocket.create_connection(server, timeout=_TIMEOUT, skip_utf8_validation=True)
+        self._stack.callback(connection.close)
+        return connection
+
+    def processes(self) -> ProcessPoolExecutor:
+        """Return a pool of processes, one for each CPU."""
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
+        return self._stack.enter_context(ProcessPoolExecutor(os.cpu_count(), mp_context=spawn))
+
+
+@contextlib.contextmanager
+def _server(command: list[str], env: dict[str, str]) -> Iterator[str]:
+    """Run *command* for as long as the context lasts; the value is its first line."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    ) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline().strip()
+            if not line:
+                raise RuntimeError("the echo server did not start")
+            yield line
+        finally:
+            process.kill()
+
+
+def _mean(times: int, unit: float, call: Callable[[], Any]) -> Callable[[], float]:
+    """Return a sample: how long one *call* takes on average over *times*, in *unit* seconds."""
+
+    def sample() -> float:
+        begun = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - begun) / times / unit
+
+    return sample
+
+
+def _rate(count: int, call: Callable[[], Sequence[Any]]) -> Callable[[], float]:
+    """Return a sample: tasks a second of one *call* that returns *count* results."""
+
+    def sample() -> float:
+        begun = time.perf_counter()
+        _check(len(call()), count)
+        return count / (time.perf_counter() - begun)
+
+    return sample
+
+
+def _weave(environment: str, task: Callable[..., Any], items: Any = None, **values: Any) -> Any:
+    """Run one weave with one task in *environment*, and return its result."""
+    with wove.weave(**values) as w:
+        w.do(items, environment=environment, delivery_timeout=_TIMEOUT)(task)
+    return w.result.final
+
+
+def _check(got: Any, wanted: Any) -> None:
+    if got != wanted:
+        raise RuntimeError(f"a task returned {got!r} and not {wanted!r}")
+
+
+# -- the cases ------------------------------------------------------------------------
+
+
+def weave(ground: Ground, quick: bool) -> Case:
+    """A warm weave with one task that does nothing."""
+    times = 5 if quick else 20
+
+    def contestant(name: str, environment: str) -> Contestant:
+        return Contestant(name, _mean(times, 1e-3, lambda: _check(_weave(environment, noop), None)))
+
+    return Case(
+        "weave",
+        "warm weave with one no-op",
+        "ms",
+        (contestant("local", _LOCAL), contestant("wove", _WOVE), contestant("ours", _OURS)),
+        (Ratio("overhead over local, ours / wove", "ours", "wove", 0.5, at_most=True, over="local"),),
+    )
+
+
+def roundtrip(ground: Ground, quick: bool) -> Case:
+    """One submit and its result, against an echo of as many bytes."""
+    times, connection, pool = 100 if quick else 500, ground.echo(), ground.pool
+    frame = {"type": "run_task", "run_id": f"noop:{'0' * 32}", "task_id": "noop"}
+    frame |= payloads.encode_frame({"callable": noop, "args": {}})
+    message = frames.encode({**frame, "delivery": {"delivery_timeout": _TIMEOUT}}).decode()
+
+    def echo() -> None:
+        connection.send(message)
+        _check(connection.recv(), message)
+
+    return Case(
+        "roundtrip",
+        f"one round trip of {len(message)} bytes",
+        "µs",
+        (
+            Contestant("echo", _mean(times, 1e-6, echo)),
+            Contestant("ours", _mean(times, 1e-6, lambda: _check(pool.submit(noop).result(_TIMEOUT), None))),
+        ),
+        (Ratio("submit().result() / bare echo", "ours", "echo", 3.0, at_most=True),),
+    )
+
+
+def pipelined(ground: Ground, quick: bool) -> Case:
+    """Many tasks that do nothing, all on their way at once."""
+    count, pool, processes = 200 if quick else 1000, ground.pool, ground.processes()
+    contestants = (
+        Contestant("wove weave", _rate(count, lambda: _weave(_WOVE, nothing, range(count)))),
+        Contestant("ours weave", _rate(count, lambda: _weave(_OURS, nothing, range(count)))),
+        Contestant("ours map", _rate(count, lambda: list(pool.map(nothing, range(count), timeout=_TIMEOUT)))),
+        Contestant("processes map", _rate(count, lambda: list(processes.map(nothing, range(count))))),
+    )
+    ratios = (
+        Ratio("mapped weave, ours / wove", "ours weave", "wove weave", 1.0, at_most=False),
+        Ratio("ours map / wove weave", "ours map", "wove weave", 1.0, at_most=False),
+    )
+    return Case("pipelined", f"{count} no-ops at once", "tasks/s", contestants, ratios)
+
+
+def large(ground: Ground, quick: bool) -> Case:
+    """A large argument, a large result, and the largest result Wove's own executor can take."""
+    size, small, times = 16 * _MIB, _MIB // 2, 2 if quick else 10
+    blob, none = os.urandom(size), bytes(small)
+
+    def argument(environment: str) -> Callable[[], float]:
+        return _mean(1, 1e-3, lambda: _check(_weave(environment, length, blob=blob), size))
+
+    def result(environment: str, wanted: int, times: int) -> Callable[[], float]:
+        return _mean(times, 1e-3, lambda: _check(len(_weave(environment, zeros, size=wanted)), wanted))
+
+    contestants = (
+        Contestant("argument 16 MiB, wove", argument(_WOVE)),
+        Contestant("argument 16 MiB, ours", argument(_OURS)),
+        Contestant("result 512 KiB, wove", result(_WOVE, len(none), times)),
+        Contestant("result 512 KiB, ours", result(_OURS, len(none), times)),
+        Contestant("result 16 MiB, ours", result(_OURS, size, 1)),
+    )
+    ratios = (
+        Ratio("argument, ours / wove", contestants[1].name, contestants[0].name, 1.0, at_most=True),
+        Ratio("result, ours / wove", contestants[3].name, contestants[2].name, 1.0, at_most=True),
+    )
+    return Case("large", "one weave with large payloads", "ms", contestants, ratios)
+
+
+CASES: dict[str, Callable[[Ground, bool], Case]] = {
+    "weave": weave,
+    "roundtrip": roundtrip,
+    "pipelined": pipelined,
+    "large": large,
+}

@@ -1,0 +1,182 @@
+"""``wove-ws-sync worker``: run a worker service until a signal ends it.
+
+Owns: the options, the one line on stdout, signals and the exit code. Never: serves a host itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import ssl
+import sys
+import threading
+from typing import Any
+
+__all__ = ["register"]
+
+_LEVELS = ("debug", "info", "warning", "error")
+#: Threads that are still busy get this long, in seconds, before the process ends without them.
+_EXIT_TIMEOUT = 1.0
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "worker",
+        help="run a worker service",
+        description="Run tasks for hosts. Prints its URL as the one line on stdout when it is ready; "
+        "SIGTERM or Ctrl-C stops it.",
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=_port, default=8765, help="0 takes a free one (default: %(default)s)")
+    add("--path", default="/wove", help="path of the URL (default: %(default)s)")
+    add("--security", metavar="env:VARIABLE", help="environment variable that holds the shared secret")
+    add("--engine", type=_engine, default="threads", help="what runs the tasks: threads (the default)")
+    add("--workers", type=_positive, metavar="N", help="tasks at once (default: CPUs + 4, at most 32)")
+    add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
+        help="largest message accepted from a host (default: 256 MiB)")
+    add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
+    add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
+    add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
+    add("--insecure", action="store_true", help="allow other machines without TLS and security")
+    add("--log-level", choices=_LEVELS, default="info", help="what goes to stderr (default: %(default)s)")
+    add("--until-stdin-closes", action="store_true", help="stop when stdin ends, as it does with its parent")
+    parser.set_defaults(run=_run)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not from 0 to 65535")
+    return port
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def _engine(text: str) -> str:
+    if text != "threads":
+        raise argparse.ArgumentTypeError(f"{text!r}: this version has the engine 'threads'")
+    return text
+
+
+def _run(options: argparse.Namespace) -> int:
+    logging.basicConfig(
+        level=options.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if (options.tls_cert is None) != (options.tls_key is None):
+        return _fail("--tls-cert and --tls-key go together.", 2)
+    if options.tls_client_ca is not None and options.tls_cert is None:
+        return _fail("--tls-client-ca needs --tls-cert and --tls-key.", 2)
+    try:
+        context = _ssl_context(options)
+    except (OSError, ssl.SSLError) as exc:
+        return _fail(f"the certificate files cannot be used: {_reason(exc)}.", 1)
+    code, clean = asyncio.run(_serve(options, context))
+    if not clean or not _threads_ended():
+        logging.getLogger("wove_ws_sync.worker").warning("A task still runs in its thread; leaving without it.")
+        logging.shutdown()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) -> tuple[int, bool]:
+    """Serve until a signal; return the exit code and whether nothing is left running."""
+    from ..worker.service import WorkerService
+
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    try:
+        service = WorkerService(
+            host=options.host,
+            port=options.port,
+            path=options.path,
+            security=options.security,
+            engine=options.engine,
+            workers=options.workers,
+            ssl_context=context,
+            max_message_bytes=options.max_message_bytes,
+            insecure=options.insecure,
+        )
+        await service.start()
+    except (ValueError, TypeError) as exc:
+        return _fail(str(exc), 2), True
+    except OSError as exc:
+        where = f"{options.host}:{options.port}"
+        return _fail(f"cannot listen on {where}: {_reason(exc)}. Choose another --port or --host.", 1), True
+    except RuntimeError as exc:
+        return _fail(str(exc), 1), True
+    print(service.url, flush=True)
+    if options.until_stdin_closes:
+        _stop_with_stdin(asyncio.get_running_loop(), stop)
+    await stop.wait()
+    return 0, await service.stop(_EXIT_TIMEOUT)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"wove-ws-sync worker: {message}", file=sys.stderr)
+    return code
+
+
+def _reason(exc: OSError) -> str:
+    text = exc.strerror or str(exc)
+    return f"{text} ({exc.filename})" if exc.filename else text
+
+
+def _ssl_context(options: argparse.Namespace) -> ssl.SSLContext | None:
+    if options.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A key with a passphrase must fail and not ask the terminal of a service.
+    context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
+    if options.tls_client_ca is not None:
+        context.load_verify_locations(options.tls_client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, stop.set)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+
+
+def _stop_with_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop ended first
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=watch, name="wove-ws-stdin-0", daemon=True).start()
+
+
+def _threads_ended() -> bool:
+    """Wait a moment for threads that would hold up the exit of the interpreter."""
+    others = [
+        thread
+        for thread in threading.enumerate()
+        if thread is not threading.current_thread() and not thread.daemon
+    ]
+    for thread in others:
+        thread.join(_EXIT_TIMEOUT / len(others))
+    return not any(thread.is_alive() for thread in others)

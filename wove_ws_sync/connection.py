@@ -1,0 +1,153 @@
+"""One life of a connection, from its dial to its end: the transport and who may write.
+
+Owns: the write lock, the waker, liveness by pings. Never: knows what a run is, takes the
+link's state lock, starts a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from . import frames
+from ._waker import Waker
+from .options import LinkOptions
+from .timing import Clock, Deadline
+from .transport import Parcel, Transport, TransportClosed
+
+__all__ = ["Connection"]
+
+
+class Connection:
+    """What a link holds while it dials and while it is connected. Thread-safe but for the
+    attributes, which belong to the link's two threads.
+    """
+
+    def __init__(self, generation: int, clock: Clock) -> None:
+        self.generation = generation
+        self.waker = Waker()
+        self.transport: Transport | None = None
+        self.error: BaseException | None = None
+        self.close_reason = ""
+        # Set when both threads are gone and the descriptors are given back.
+        self.over = threading.Event()
+        self.reader: threading.Thread | None = None
+        self.watchdog: threading.Thread | None = None
+        self.watching_until: float | None = 0.0
+        self._clock = clock
+        # Held around one transport.pump(); the reader never waits for it.
+        self._write_lock = threading.Lock()
+        self._stuck = False
+        self._pinged_at: float | None = None
+
+    def connected(self, transport: Transport) -> None:
+        """Take the transport over once it is dialled."""
+        transport.wake = self._answer_is_queued
+        self.transport = transport
+
+    def _answer_is_queued(self) -> None:
+        """Have the watchdog send what the reader, which never sends, owes the peer."""
+        self._stuck = True
+        self.waker.wake()
+
+    # -- writing -----------------------------------------------------------------
+
+    def push(self, parcel: Parcel, deadline: Deadline) -> None:
+        """Send until *parcel* has left or *deadline* has come; then others go on with the rest."""
+        assert self.transport is not None
+        remaining = deadline.remaining(self._clock.monotonic())
+        if not self._write_lock.acquire(timeout=-1 if remaining is None else remaining):
+            return
+        try:
+            self.transport.pump(parcel, deadline.remaining(self._clock.monotonic()))
+        except TransportClosed:
+            pass  # the reader sees it too and tells every run
+        finally:
+            self._write_lock.release()
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what goes without blocking; the rest is for whoever holds the lock, or the watchdog."""
+        transport = self.transport
+        while transport is not None and transport.wants_write and self._write_lock.acquire(blocking=False):
+            try:
+                done = transport.pump()
+            except TransportClosed:
+                return
+            finally:
+                self._write_lock.release()
+            if not done:
+                self._stuck = True
+                self.waker.wake()
+                return
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait in the watchdog for a moment or a nudge; go on writing when the peer reads again."""
+        writable = self.transport.fileno() if self.transport is not None and self._stuck else -1
+        self.waker.wait(timeout, writable)
+        if self._stuck:
+            self._stuck = False
+            self.flush()
+
+    def behind(self) -> bool:
+        """Tell whether bytes have arrived that the reader has not dealt with."""
+        return self.transport is not None and not self.transport.idle()
+
+    # -- liveness ----------------------------------------------------------------
+
+    def next_check(self, options: LinkOptions) -> float | None:
+        """Return when :meth:`check` has something to decide."""
+        if self.transport is None:
+            return None
+        if self._ping_is_out(self.transport):
+            assert self._pinged_at is not None
+            return self._pinged_at + options.pong_timeout
+        return self.transport.last_byte_at + options.ping_interval
+
+    def check(self, options: LinkOptions, now: float, *, behind: bool) -> None:
+        """Ping a quiet peer, and cut when no byte came within ``pong_timeout`` of a ping.
+
+        *behind* says that the reader has bytes left to read: the peer is alive.
+        """
+        transport, moment = self.transport, self.next_check(options)
+        if transport is None or moment is None or now < moment:
+            return
+        if behind or not self._ping_is_out(transport):
+            self._pinged_at = now
+            transport.ping()
+            self.flush()
+        else:
+            self.cut(f"no bytes for {options.pong_timeout} s after a ping")
+
+    def _ping_is_out(self, transport: Transport) -> bool:
+        return self._pinged_at is not None and transport.last_byte_at <= self._pinged_at
+
+    # -- ending ------------------------------------------------------------------
+
+    def say_goodbye(self) -> None:
+        """Queue ``shutdown`` and a close frame; never blocks."""
+        self.close_reason = "closed by this side"
+        if self.transport is not None:
+            self.transport.post(frames.encode({"type": "shutdown"}))
+            self.transport.close(1000, "")
+            self.flush()
+        self.waker.wake()
+
+    def cut(self, reason: str) -> None:
+        """Wake the reader and every writer with the end of the connection; never blocks."""
+        self.close_reason = self.close_reason or reason
+        if self.transport is not None:
+            self.transport.abort()
+
+    def dispose(self) -> None:
+        """Give the descriptors back; only after the reader has ended."""
+        with self._write_lock:
+            if self.transport is not None:
+                self.transport.dispose()
+        self.waker.close()
+        self.over.set()
+
+    def abandon_after_fork(self) -> None:
+        """Close the inherited descriptors in a forked child; takes no lock, says nothing."""
+        self.waker.close()
+        if self.transport is not None:
+            self.transport.detach_after_fork()

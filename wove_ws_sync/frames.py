@@ -1,0 +1,145 @@
+"""Frames as JSON text.
+
+Owns: what a command frame and an event frame look like on the wire (Wove's format, byte
+for byte). Never: unpickles, never touches a socket. Pickled fields stay base64 text
+here; :mod:`wove_ws_sync.payloads` turns them into values when somebody asks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
+
+__all__ = [
+    "COMMANDS",
+    "EVENTS",
+    "TERMINAL_EVENTS",
+    "CommandFrame",
+    "Decoded",
+    "EventFrame",
+    "InvalidMessage",
+    "decode",
+    "encode",
+]
+
+COMMANDS = frozenset({"run_task", "cancel_task", "shutdown"})
+TERMINAL_EVENTS = frozenset({"task_result", "task_error", "task_cancelled"})
+EVENTS = TERMINAL_EVENTS | {"task_started", "heartbeat", "log"}
+
+
+class CommandFrame(TypedDict, total=False):
+    """Host to worker. ``callable`` and ``args`` travel as ``callable_pickle`` and ``args_pickle``."""
+
+    type: str
+    run_id: str
+    task_id: str
+    callable: Any
+    args: dict[str, Any]
+    delivery: dict[str, Any]
+    delivery_cancel_mode: str
+    delivery_orphan_policy: str
+
+
+class EventFrame(TypedDict, total=False):
+    """Worker to host. ``result``, ``exception`` and ``error`` travel pickled or as plain JSON."""
+
+    type: str
+    run_id: str
+    task_id: str
+    result: Any
+    exception: BaseException
+    error: Any
+    message: str
+    level: str
+    logger: str
+
+
+class InvalidMessage(ValueError):
+    """A message that is not JSON text; it may have been a terminal event, so the link must close.
+
+    ``close_code`` is the WebSocket close code to send (RFC 6455, 7.4.1).
+    """
+
+    def __init__(self, message: str, close_code: int = 1007) -> None:
+        super().__init__(message)
+        self.close_code = close_code
+
+
+class Decoded(NamedTuple):
+    """What one message held: event frames in order, and why others were ignored, once per item."""
+
+    events: tuple[dict[str, Any], ...]
+    ignored: tuple[str, ...]
+
+
+def encode(frame: Mapping[str, Any]) -> bytes:
+    """Return *frame* as compact UTF-8 JSON.
+
+    Values of type bytes are spliced in as they are, between quotes: they must be base64
+    text, which needs no escape, and may be large (no copy through the JSON encoder).
+
+    Raises TypeError or ValueError for what JSON cannot express.
+    """
+    spliced = [(key, value) for key, value in frame.items() if isinstance(value, bytes)]
+    plain = {key: value for key, value in frame.items() if not isinstance(value, bytes)}
+    head = json.dumps(plain, separators=(",", ":")).encode("utf-8")
+    if not spliced:
+        return head
+    pieces = [head[:-1]]
+    for key, value in spliced:
+        comma = b"," if len(pieces) > 1 or plain else b""
+        pieces += [comma, json.dumps(key).encode("utf-8"), b':"', value, b'"']
+    pieces.append(b"}")
+    return b"".join(pieces)
+
+
+def decode(message: bytes | bytearray | memoryview) -> Decoded:
+    """Turn one message into event frames: one event, a list, or ``{"events": [...]}``.
+
+    Valid JSON of another shape is ignored and named in ``ignored`` ("shape", "type",
+    "run_id"), so that one odd item hurts nobody. Pickled fields are left alone.
+
+    Raises InvalidMessage for what is not UTF-8, not JSON, or beyond the parser's limits.
+    """
+    try:
+        data = json.loads(str(message, "utf-8"))
+    except UnicodeDecodeError as exc:
+        raise InvalidMessage(f"message is not UTF-8 (byte {exc.start})") from None
+    except json.JSONDecodeError as exc:
+        raise InvalidMessage(f"message is not JSON (position {exc.pos})") from None
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage(f"message is beyond the JSON parser's limits ({type(exc).__name__})") from None
+
+    items: list[Any]
+    if isinstance(data, dict) and "events" in data:
+        if not isinstance(data["events"], list):
+            return Decoded((), ("shape",))
+        items = data["events"]
+    elif isinstance(data, list):
+        items = data
+    else:
+        items = [data]
+
+    events: list[dict[str, Any]] = []
+    ignored: list[str] = []
+    for item in items:
+        fault = _fault(item)
+        if fault:
+            ignored.append(fault)
+        else:
+            events.append(item)
+    return Decoded(tuple(events), tuple(ignored))
+
+
+def _fault(item: Any) -> str:
+    """Return why *item* is no event frame of ours; "" if it is one."""
+    if not isinstance(item, dict):
+        return "shape"
+    kind = item.get("type")
+    if not isinstance(kind, str) or kind not in EVENTS:
+        return "type"
+    run_id = item.get("run_id")
+    if not isinstance(run_id, str) or not run_id:
+        return "run_id"
+    return ""

@@ -1,0 +1,349 @@
+"""``concurrent.futures`` over a link.
+
+Owns: :class:`RunFuture` and :class:`WebSocketExecutor`. Never: keeps a thread or a table
+of runs of its own, never unpickles in the reader thread unless a done-callback asks for
+the result there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
+from uuid import uuid4
+
+from wove.runtime import runtime
+
+from . import payloads, security
+from .errors import DeliveryCancelled, ExecutorClosed, ForkedError
+from .options import DeliveryOptions, LinkOptions
+from .session import Session, open_session
+
+__all__ = ["RunFuture", "WebSocketExecutor"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_DELIVERY_KEYS = frozenset(field.name for field in dataclasses.fields(DeliveryOptions))
+
+
+class RunFuture(concurrent.futures.Future[_T]):
+    """The future of one run. ``run_id`` names it in logs, events and errors.
+
+    The result is unpickled once, by the first thread that asks. Thread-safe.
+    """
+
+    def __init__(self, run_id: str, core: _Core) -> None:
+        super().__init__()
+        self.run_id = run_id
+        self._core = core
+        self._pid = os.getpid()
+        self._session: Session | None = None
+        self._started = False
+        self._acknowledged = False
+        self._event: dict[str, Any] | None = None
+        # Held while the result is unpickled, so that it happens once.
+        self._decoding = threading.RLock()
+
+    def __repr__(self) -> str:
+        state = "running" if self.running() else "done" if self.done() else "pending"
+        return f"<{type(self).__name__} {self.run_id} {'cancelled' if self.cancelled() else state}>"
+
+    def running(self) -> bool:
+        """Tell whether the worker has started the run and it has not ended."""
+        return self._started and not self.done()
+
+    def cancel(self) -> bool:
+        """Cancel the run, a running one too; return whether it is cancelled now.
+
+        With ``delivery_cancel_mode="best_effort"`` this returns at once. With "require_ack"
+        it blocks until the worker answers, ``cancel_ack_timeout`` at most; False means that
+        the result came first. ``result()`` raises DeliveryCancelled, whose ``acknowledged``
+        says whether the worker confirmed.
+        """
+        self._check_process()
+        if not self.done() and self._session is not None:
+            self._session.cancel(self.run_id)
+            if not self._session.link.in_own_thread():
+                concurrent.futures.wait([self])
+        return self.cancelled()
+
+    def result(self, timeout: float | None = None) -> _T:
+        """Return what the task returned, or raise what it raised, unpickled in this thread.
+
+        Raises TimeoutError if the run has not ended within *timeout* seconds (it goes on),
+        DeliveryCancelled, DeliveryTimeout, ConnectionLost, PayloadError, or ForkedError in a
+        forked child.
+        """
+        self._decode(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what :meth:`result` would raise, None for a success."""
+        self._decode(timeout)
+        return super().exception(0)
+
+    def _decode(self, timeout: float | None) -> None:
+        self._check_process()
+        try:
+            super().exception(timeout)
+        except concurrent.futures.CancelledError:
+            raise DeliveryCancelled(
+                f"Run '{self.run_id}' was cancelled.", run_id=self.run_id, acknowledged=self._acknowledged
+            ) from None
+        with self._decoding:
+            if self._event is None:
+                return
+            decoded = payloads.decode_event(self._event)
+            if decoded["type"] == "task_error":
+                self._exception = decoded["exception"]
+            else:
+                self._result = decoded["result"]
+            self._event = None
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(f"Run '{self.run_id}' belongs to the parent of this forked process.")
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        """Take one event frame: the run's sink."""
+        kind = event["type"]
+        if kind == "task_started":
+            self._started = True
+        elif kind == "task_cancelled":
+            self._acknowledged = bool(event.get("acknowledged"))
+            if super().cancel():
+                self.set_running_or_notify_cancel()
+        elif kind in ("task_result", "task_error"):
+            self._event = event
+            self.set_result(None)  # type: ignore[arg-type]  # the value is decoded when it is asked for
+        if self.done():
+            self._core.ended(self)
+
+
+class _Core:
+    """What an executor and its ``with_options`` views share."""
+
+    def __init__(self, options: LinkOptions, environment: str) -> None:
+        self.options = options
+        self.environment = environment
+        # Guards the session, the set of futures and the closed flag.
+        self.lock = threading.Lock()
+        self.session: Session | None = None
+        self.pending: set[RunFuture[Any]] = set()
+        self.closed = False
+
+    def submit(self, future: RunFuture[Any], fn: Any, kwargs: dict[str, Any], delivery: DeliveryOptions) -> None:
+        with self.lock:
+            if self.closed:
+                raise ExecutorClosed("cannot schedule new futures after shutdown")
+            if self.session is None or self.session.foreign:
+                self.session = open_session(self.options, self.environment)
+                self.pending = set()
+            session = self.session
+            self.pending.add(future)
+        try:
+            command = {
+                "type": "run_task",
+                "run_id": future.run_id,
+                "task_id": future.run_id.rpartition(":")[0],
+                **payloads.encode_frame({"callable": fn, "args": kwargs}),
+                "delivery": delivery.as_frame(kwargs),
+            }
+            future._session = session
+            session.submit(command, delivery, future._on_event)
+        except Exception as exc:
+            self.ended(future)
+            if not future.done():
+                future.set_exception(exc)
+        except BaseException:
+            session.cancel(future.run_id)
+            self.ended(future)
+            raise
+
+    def ended(self, future: RunFuture[Any]) -> None:
+        with self.lock:
+            self.pending.discard(future)
+            done = self.closed and not self.pending
+        if done:
+            self.close()
+
+    def shut(self) -> list[RunFuture[Any]]:
+        with self.lock:
+            self.closed = True
+            pending = list(self.pending)
+        if not pending:
+            self.close()
+        return pending
+
+    def close(self) -> None:
+        with self.lock:
+            session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+
+class WebSocketExecutor(concurrent.futures.Executor):
+    """Run functions on a worker service: ``submit``, ``map`` and ``shutdown`` of the standard library.
+
+    *url* and the keywords of ``executor_config`` say where; *environment* takes everything
+    from ``wove.config`` instead; ``delivery_*`` keywords say how runs are delivered. All
+    executors with the same settings share one connection, which is dialled on first use.
+    Thread-safe. Source: PEP 3148.
+    """
+
+    def __init__(self, url: str | None = None, *, environment: str | None = None, **settings: Any) -> None:
+        config: dict[str, Any] = {}
+        delivery: dict[str, Any] = {}
+        if environment is not None:
+            known = runtime.resolve_environment_settings(environment)
+            config.update(known["executor_config"])
+            delivery.update({key: known[key] for key in _DELIVERY_KEYS if known.get(key) is not None})
+        delivery.update({key: settings.pop(key) for key in list(settings) if key in _DELIVERY_KEYS})
+        config.update(settings)
+        if url is not None:
+            config["url"] = url
+        self._delivery = DeliveryOptions(**{key: value for key, value in delivery.items() if value is not None})
+        self._core = _Core(security.link_options(config), environment or "")
+        self._is_view = False  # last: until here there is nothing to close
+
+    def __repr__(self) -> str:
+        session = self._core.session
+        where = session.link if session else f"{self._core.options.host}:{self._core.options.port}"
+        return f"<{type(self).__name__} {where} pending={len(self._core.pending)}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_is_view", True) or self._core.closed:
+            return
+        session = self._core.session
+        if session is not None and not session.foreign:
+            session.drop()
+            warnings.warn(f"unclosed {self!r}; use it in a with statement", ResourceWarning, source=self)
+
+    def with_options(self, **delivery: Any) -> WebSocketExecutor:
+        """Return a view of this executor with other ``delivery_*`` settings, on the same link."""
+        view = object.__new__(type(self))
+        view._is_view = True
+        view._core = self._core
+        view._delivery = self._delivery.replace(**delivery)
+        return view
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> RunFuture[_T]:
+        """Send ``fn(*args, **kwargs)`` to the worker service and return its future.
+
+        Every keyword goes to *fn*; delivery settings go to :meth:`with_options`. What cannot
+        be pickled or sent is raised by the future. The call blocks while the message leaves
+        this process, at most until ``delivery_timeout``.
+
+        Raises ExecutorClosed, a RuntimeError, after :meth:`shutdown`.
+        """
+        future: RunFuture[_T] = RunFuture(_new_run_id(fn), self._core)
+        self._core.submit(future, functools.partial(fn, *args) if args else fn, kwargs, self._delivery)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[_T]:
+        """Return an iterator over ``fn(*items)`` in order, computed at the worker service.
+
+        *timeout* in seconds counts from this call; *chunksize* items travel in one run;
+        *buffersize* limits the runs submitted ahead of the consumer (None: all at once).
+        Runs not yet consumed are cancelled when the iterator is closed.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and (not isinstance(buffersize, int) or isinstance(buffersize, bool)):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        ends_at = None if timeout is None else time.monotonic() + timeout
+        items = zip(*iterables)  # noqa: B905  # stops at the shortest, as the standard library does
+        if chunksize == 1:
+            return self._results(fn, items, ends_at, buffersize)
+        chunks = ((chunk,) for chunk in _chunks(items, chunksize))
+        return itertools.chain.from_iterable(self._results(_chunk_runner(fn), chunks, ends_at, buffersize))
+
+    def _results(
+        self, fn: Callable[..., Any], items: Iterator[tuple[Any, ...]], ends_at: float | None, ahead: int | None
+    ) -> Iterator[Any]:
+        """Submit now, yield later; what is yielded is forgotten here."""
+        futures = deque(self.submit(fn, *item) for item in itertools.islice(items, ahead))
+        # The iterator must not keep a forgotten executor alive.
+        executor = weakref.ref(self if not self._is_view else self._core)
+        submit = functools.partial(_submit_more, executor, self._delivery, fn)
+
+        def results() -> Iterator[Any]:
+            try:
+                while futures:
+                    if ahead is not None:
+                        futures.extend(submit(item) for item in itertools.islice(items, 1))
+                    yield _result_or_cancel(futures.popleft(), ends_at)  # no name here may keep the value
+            finally:
+                for future in futures:
+                    future.cancel()
+
+        return results()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work; wait for what is on its way, or cancel what has not started. Idempotent."""
+        pending = self._core.shut()
+        if cancel_futures:
+            for future in pending:
+                if not future.running():
+                    future.cancel()
+        if wait:
+            concurrent.futures.wait(pending)
+
+
+def _new_run_id(fn: Any) -> str:
+    return f"{getattr(fn, '__name__', type(fn).__name__)}:{uuid4().hex}"
+
+
+def _submit_more(
+    owner: Callable[[], Any], delivery: DeliveryOptions, fn: Callable[..., Any], item: tuple[Any, ...]
+) -> RunFuture[Any]:
+    executor = owner()
+    if executor is None:
+        raise ExecutorClosed("cannot schedule new futures after the executor was dropped")
+    core = executor if isinstance(executor, _Core) else executor._core
+    future: RunFuture[Any] = RunFuture(_new_run_id(fn), core)
+    core.submit(future, functools.partial(fn, *item), {}, delivery)
+    return future
+
+
+def _result_or_cancel(future: RunFuture[Any], ends_at: float | None) -> Any:
+    try:
+        try:
+            return future.result(None if ends_at is None else ends_at - time.monotonic())
+        finally:
+            future.cancel()
+    finally:
+        # A traceback of an exception raised here must not keep the future, and so the value.
+        del future
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    while chunk := tuple(itertools.islice(items, size)):
+        yield chunk
+
+
+def _chunk_runner(fn: Callable[..., _T]) -> Callable[[tuple[Any, ...]], list[_T]]:
+    """Return a function that travels by value, so that a worker without this package can run it."""
+
+    def run_chunk(chunk: tuple[Any, ...]) -> list[_T]:
+        return [fn(*args) for args in chunk]
+
+    return run_chunk

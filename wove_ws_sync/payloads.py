@@ -1,0 +1,132 @@
+"""Values as base64 cloudpickle.
+
+Owns: the only import of cloudpickle, and the rule that nothing is unpickled before the
+thread that wants the value asks for it. Never: looks at the network or at a run's state.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import wove
+from wove.environment import EnvironmentExecutionError
+
+from .errors import PayloadError
+
+__all__ = ["RemoteTraceback", "decode_event", "decode_value", "encode_frame", "encode_value", "error_payload"]
+
+_PICKLED_FIELDS = ("callable", "args", "result", "exception", "error")
+_REASON = "the websocket network executor serializes task frames for a remote worker service."
+
+
+class RemoteTraceback(Exception):
+    """The worker's traceback as text, raised as the ``__cause__`` of a task's own exception."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text.rstrip()}\n"""'
+
+
+def _cloudpickle() -> Any:
+    try:
+        import cloudpickle
+    except ImportError as exc:
+        raise wove.MissingDispatchFeatureError(_REASON) from exc
+    return cloudpickle
+
+
+def encode_value(value: Any) -> bytes:
+    """Return *value* as base64 text of its cloudpickle. Runs user code (``__reduce__``)."""
+    return base64.b64encode(_cloudpickle().dumps(value))
+
+
+def decode_value(text: str | bytes) -> Any:
+    """Return the value behind *text*. Runs whatever code the pickle holds.
+
+    Raises PayloadError if the text is no base64 or no pickle of something known here.
+    """
+    try:
+        return _cloudpickle().loads(base64.b64decode(text, validate=True))
+    except wove.MissingDispatchFeatureError:
+        raise
+    except Exception as exc:
+        raise PayloadError(_undecodable(exc)) from exc
+
+
+def _undecodable(exc: Exception) -> dict[str, Any]:
+    cause = "it is not base64" if isinstance(exc, binascii.Error) else f"{type(exc).__name__}: {exc}"
+    return {
+        "kind": "PayloadDecodeError",
+        "message": (
+            f"A payload from the worker service could not be unpickled ({cause}). "
+            "Check that both sides have the same modules and compatible versions."
+        ),
+        "traceback": "".join(traceback.format_exception(exc)),
+        "retryable": False,
+        "source": "payload",
+    }
+
+
+def encode_frame(frame: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *frame* with its Python values replaced by their ``*_pickle`` fields (bytes)."""
+    encoded: dict[str, Any] = {}
+    for key, value in frame.items():
+        if key in _PICKLED_FIELDS:
+            encoded[f"{key}_pickle"] = encode_value(value)
+        else:
+            encoded[key] = value
+    return encoded
+
+
+def decode_event(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the event with its pickled fields decoded: ``result``, ``exception``, ``error``.
+
+    An exception is ready to raise: the worker's traceback is its ``__cause__``, and what
+    must not be raised in a thread of ours (StopIteration, SystemExit, KeyboardInterrupt, no
+    exception at all) comes as a wove EnvironmentExecutionError. A payload that cannot be unpickled turns
+    the event into a ``task_error`` with a PayloadError. Never raises for what a peer sent.
+    """
+    decoded = {key: value for key, value in event.items() if not key.endswith("_pickle")}
+    try:
+        for field in ("result", "error", "exception"):
+            if f"{field}_pickle" in event:
+                decoded[field] = decode_value(event[f"{field}_pickle"])
+    except PayloadError as exc:
+        decoded.pop("result", None)
+        decoded.update(type="task_error", error=exc.payload, exception=exc)
+        return decoded
+    if decoded.get("type") == "task_error":
+        decoded["exception"] = _raisable(decoded.get("exception"), decoded.get("error"))
+    elif decoded.get("type") == "task_result":
+        decoded.setdefault("result", None)
+    return decoded
+
+
+def _raisable(exception: Any, error: Any) -> Exception:
+    details = error_payload(exception, error)
+    text = str(details.get("traceback") or "")
+    if isinstance(exception, Exception) and not isinstance(exception, StopIteration):
+        raised: Exception = exception
+    else:
+        raised = EnvironmentExecutionError(details)
+    if text and raised.__cause__ is None:
+        raised.__cause__ = RemoteTraceback(text)
+    return raised
+
+
+def error_payload(exception: Any, error: Any) -> dict[str, Any]:
+    """Return Wove's error dictionary for a failed run, from whatever the worker sent."""
+    if isinstance(error, dict):
+        return error
+    if error:
+        return {"message": str(error), "kind": "ExecutionError", "source": "executor"}
+    if isinstance(exception, BaseException):
+        return {"message": str(exception), "kind": type(exception).__name__, "source": "task"}
+    return {}

@@ -1,0 +1,129 @@
+"""Who may be talked to, and how this host proves who it is.
+
+Owns: the rule for targets without TLS or authentication, and the headers of the handshake,
+signed by ``wove.NetworkExecutorSecurity``. Never: keeps or shows a secret; environment
+variables are read anew for each handshake, so that a rotated secret is picked up.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import wove
+
+from .options import LinkOptions, check_header
+
+__all__ = [
+    "handshake_headers",
+    "is_local_host",
+    "is_loopback_address",
+    "link_options",
+    "loopback_only",
+]
+
+
+def link_options(config: Mapping[str, Any]) -> LinkOptions:
+    """Return the options for an ``executor_config`` that may be dialled.
+
+    Raises TypeError or ValueError for what is wrong in it, RuntimeError if the environment
+    variable of the secret is not set; the texts are Wove's where it has one. Thread-safe.
+    """
+    options = LinkOptions.from_config(config)
+    security = _security(options)
+    if not options.insecure and not _is_local(options):
+        if not options.secure:
+            raise ValueError(
+                "websocket executor uses an insecure network transport. "
+                "Use TLS or set executor_config.insecure=True for development."
+            )
+        if security.mode == "none":
+            raise ValueError(
+                "websocket executor requires executor_config.security for non-local endpoints. "
+                "Use security='env:VARIABLE' or set executor_config.insecure=True for development."
+            )
+    _headers(options, security)
+    return options
+
+
+def handshake_headers(options: LinkOptions) -> dict[str, str]:
+    """Return every header of the handshake that is not WebSocket's own, freshly signed.
+
+    The signature covers ``options.target``. Call it once per dial: it holds a nonce and the
+    time. Raises RuntimeError if the environment variable of the secret is not set, ValueError
+    if what is in it cannot be used. Thread-safe.
+    """
+    return _headers(options, _security(options))
+
+
+def is_local_host(host: str) -> bool:
+    """Tell whether *host* (no brackets) is a loopback address or exactly ``localhost``.
+
+    Other spellings that a resolver may take for loopback (``127.1``, ``localhost.``, names
+    below ``localhost``) are not local: what is compared here must be what is dialled.
+    """
+    return host.lower() == "localhost" or is_loopback_address(host)
+
+
+def is_loopback_address(ip: str) -> bool:
+    """Tell whether *ip* is an address of 127/8, ``::1``, or one of 127/8 mapped into IPv6."""
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def loopback_only(options: LinkOptions) -> bool:
+    """Tell whether the target is acceptable only because it is on this machine.
+
+    Then the address of the connected peer must be checked too, as a name server or a hosts
+    file may call anything ``localhost``.
+    """
+    unprotected = not options.secure or options.security.mode == "none"
+    return unprotected and not options.insecure and _is_local(options)
+
+
+def _is_local(options: LinkOptions) -> bool:
+    proxy = options.proxy_address
+    # Behind a proxy "localhost" is the proxy's own machine.
+    return is_local_host(options.host) and (proxy is None or is_local_host(proxy[0]))
+
+
+def _security(options: LinkOptions) -> wove.NetworkExecutorSecurity:
+    try:
+        security = wove.NetworkExecutorSecurity.from_config(options.security.value)
+    except UnicodeEncodeError:  # it carries the secret that it could not encode
+        security = None
+    if security is None:
+        raise ValueError("executor_config.security has a secret that is not valid Unicode; use plain text.")
+    if security.mode == "signed" and not security.secret:
+        raise ValueError(
+            "executor_config.security has an empty secret; set 16 random bytes or more, "
+            "for example from secrets.token_urlsafe(32), best as security='env:VARIABLE'."
+        )
+    skew = security.clock_skew_seconds
+    if not math.isfinite(skew) or skew <= 0:
+        raise ValueError(
+            f"executor_config.security.clock_skew_seconds must be a number of seconds above 0, got {skew}; "
+            "leave the key out for the default, 300.0."
+        )
+    return security
+
+
+def _headers(options: LinkOptions, security: wove.NetworkExecutorSecurity) -> dict[str, str]:
+    headers = dict(options.headers)
+    if security.mode == "bearer" and any(name.lower() == "authorization" for name in headers):
+        raise ValueError(
+            "executor_config.headers must not set 'Authorization' beside a bearer token in "
+            "executor_config.security; keep one of the two."
+        )
+    headers |= security.headers_for(transport="websocket", target=options.target, body=b"")
+    headers["X-Wove-Sync"] = "1"
+    headers["X-Wove-Max-Message"] = str(options.max_message_bytes)
+    for name, value in headers.items():
+        check_header(name, value)
+    return headers

@@ -1,0 +1,158 @@
+"""One user of a link, and the links of this process.
+
+Owns: which options share which link, and what a session may do to its own runs. Never:
+starts a thread, pickles, or touches another session's runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import _fork, frames
+from .errors import ForkedError
+from .link import Link, LinkState, too_large
+from .options import DeliveryOptions, LinkOptions
+from .runs import Run
+from .timing import Clock, Deadline
+
+__all__ = ["Session", "close_links", "links", "open_session"]
+
+_links: dict[LinkOptions, Link] = {}
+# Every link that may still hold a descriptor, also those that closed for want of users.
+_all_links: weakref.WeakSet[Link] = weakref.WeakSet()
+# Guards both; held for look-ups only.
+_links_lock = threading.Lock()
+
+
+class Session:
+    """One ``start()`` … ``stop()``, one futures executor or one weave on a shared link.
+
+    Thread-safe. Every method raises ForkedError in a process other than the one that made it.
+    """
+
+    def __init__(self, link: Link, environment: str) -> None:
+        self.link = link
+        self.environment = environment
+
+    @property
+    def foreign(self) -> bool:
+        """Tell whether this process is a fork of the one that made the session."""
+        return os.getpid() != self.link.pid
+
+    def connect(self) -> None:
+        """Wait for a usable connection, ``open_timeout`` at most; raises what the dial raised."""
+        self._check_process()
+        clock = Clock()
+        # The dial keeps its own deadline and says precisely what was wrong: give it a moment more.
+        self.link.connect(Deadline.after(self.link.options.open_timeout + 1.0, clock.monotonic()))
+
+    def submit(
+        self,
+        command: Mapping[str, Any],
+        delivery: DeliveryOptions,
+        sink: Callable[[dict[str, Any]], None],
+        *,
+        wait: bool = True,
+    ) -> Run:
+        """Send one ``run_task`` frame whose Python values are pickled already.
+
+        Its events go to *sink*, called in the reader or watchdog thread. With *wait* the
+        call blocks until the frame left this process or the run's deadline came.
+
+        Raises ValueError for a frame larger than ``max_message_bytes`` or a run_id in flight.
+        """
+        self._check_process()
+        run = Run(
+            run_id=command["run_id"],
+            task_id=command["task_id"],
+            message=frames.encode(command),
+            delivery=delivery,
+            session=self,
+            environment=self.environment,
+            sink=sink,
+        )
+        limit = self.link.options.max_message_bytes
+        if len(run.message) > limit:
+            raise too_large(run.run_id, len(run.message), limit)
+        self.link.submit(run, wait=wait)
+        return run
+
+    def cancel(self, run_id: str) -> None:
+        """Cancel one of this session's runs by its cancel mode; unknown and ended runs are ignored."""
+        self._check_process()
+        run = self.link.find(run_id)
+        if run is not None and run.session is self:
+            self.link.cancel(run)
+
+    def abandon(self) -> None:
+        """End this session's runs, each by its orphan policy; the session stays usable."""
+        self._check_process()
+        self.link.abandon(self)
+
+    def close(self) -> None:
+        """End this session's runs by their policies and let go of the link. Idempotent."""
+        if not self.foreign:
+            self.link.detach(self)
+
+    def drop(self) -> None:
+        """Let go from a finalizer: takes no lock; runs on their way go on."""
+        if not self.foreign:
+            self.link.drop(self)
+
+    def _check_process(self) -> None:
+        if self.foreign:
+            raise ForkedError(
+                "This session belongs to the parent of this forked process; make or start the executor here."
+            )
+
+
+def open_session(options: LinkOptions, environment: str = "") -> Session:
+    """Return a new session on this process's link for *options*; nothing is dialled yet."""
+    while True:
+        with _links_lock:
+            link = _links.get(options)
+            if link is None or link.pid != os.getpid() or link.state in (LinkState.CLOSING, LinkState.CLOSED):
+                link = _links[options] = Link(options)
+                _all_links.add(link)
+        session = Session(link, environment)
+        if link.attach(session):
+            return session
+
+
+def links() -> list[Link]:
+    """Return the links of this process that are not closed."""
+    with _links_lock:
+        return [link for link in _links.values() if link.state is not LinkState.CLOSED]
+
+
+def close_links(timeout: float | None = None) -> None:
+    """Close every link of this process, each within *timeout* seconds (default: its ``close_timeout``).
+
+    Runs still on their way end by their orphan policies; open executors must be made anew.
+    """
+    with _links_lock:
+        closing = [link for link in _all_links if link.pid == os.getpid()]
+        _links.clear()
+    for link in closing:
+        link.start_closing()
+    for link in closing:
+        link.close(link.options.close_timeout if timeout is None else timeout)
+
+
+@_fork.in_child
+def _forget_links() -> None:
+    global _links_lock
+    _links_lock = threading.Lock()
+    inherited = list(_all_links)
+    _links.clear()
+    _all_links.clear()
+    for link in inherited:
+        link.abandon_after_fork()
+
+
+atexit.register(close_links)

@@ -1,0 +1,149 @@
+"""The blocking executor: Wove's four executor methods, without async.
+
+Owns: the queue of event frames of one ``start()`` … ``stop()``. Never: keeps a thread or a
+table of its own; both are the link's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from . import payloads, security
+from .errors import ExecutorClosed
+from .frames import COMMANDS
+from .options import DeliveryOptions
+from .session import Session, open_session
+
+__all__ = ["NOT_STARTED", "SyncWebSocketEnvironmentExecutor", "check_frame", "frame_delivery", "run_defaults"]
+
+NOT_STARTED = "websocket executor is not started."
+
+
+class SyncWebSocketEnvironmentExecutor:
+    """Send command frames and receive event frames from any thread, without an event loop.
+
+    The frames and their keys are Wove's. All methods are thread-safe; several threads
+    may send and receive at once, and each event goes to one of the receivers.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        self._defaults: dict[str, Any] = {}
+        self._events: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+
+    def __repr__(self) -> str:
+        session = self._session
+        return f"<{type(self).__name__} {session.link if session else 'not started'}>"
+
+    def __del__(self) -> None:
+        session = getattr(self, "_session", None)
+        if session is not None:
+            session.drop()
+
+    def start(
+        self,
+        *,
+        environment_name: str,
+        environment_config: Mapping[str, Any],
+        run_config: Mapping[str, Any],
+    ) -> None:
+        """Check the configuration and connect, within ``open_timeout``.
+
+        *environment_config* is Wove's ``executor_config``; *run_config* may hold defaults for
+        ``delivery_heartbeat_seconds`` and ``delivery_orphan_policy``.
+
+        Raises ValueError, TypeError or RuntimeError for wrong settings, and what the dial
+        raised: HandshakeRejected, TimeoutError, ConnectionError, ssl.SSLError, OSError.
+        """
+        options = security.link_options(environment_config)
+        session = open_session(options, environment_name)
+        try:
+            session.connect()
+        except BaseException:
+            session.close()
+            raise
+        with self._lock:
+            previous, self._session = self._session, session
+            self._defaults = run_defaults(run_config)
+            self._events = SimpleQueue()
+        if previous is not None:
+            previous.close()
+
+    def send(self, frame: Mapping[str, Any]) -> None:
+        """Send one command frame: ``run_task``, ``cancel_task`` or ``shutdown``.
+
+        ``run_task`` blocks until the frame left this process, at most until its
+        ``delivery_timeout``. ``shutdown`` ends the runs of this executor and no others.
+
+        Raises RuntimeError before ``start()``, ValueError for unknown types, ids in flight
+        and frames over ``max_message_bytes``, and whatever pickling the arguments raises.
+        """
+        session = self._started()
+        kind = check_frame(frame)
+        if kind == "run_task":
+            delivery, encoded = frame_delivery(frame, self._defaults), payloads.encode_frame(frame)
+            session.submit(encoded, delivery, self._events.put)
+        elif kind == "cancel_task":
+            session.cancel(frame["run_id"])
+        else:
+            session.abandon()
+
+    def recv(self, timeout: float | None = None) -> dict[str, Any]:
+        """Return the next event frame, decoded here, in the calling thread.
+
+        *timeout* is in seconds, None waits without limit. Raises TimeoutError when no event
+        came in time, ExecutorClosed when ``stop()`` ends the wait.
+        """
+        self._started()
+        events = self._events
+        try:
+            event = events.get(timeout=timeout)
+        except Empty:
+            raise TimeoutError(f"no event frame came within {timeout} s") from None
+        if event is None:
+            events.put(None)
+            raise ExecutorClosed("websocket executor was stopped.")
+        return payloads.decode_event(event)
+
+    def stop(self) -> None:
+        """End this executor's runs by their orphan policies and let go of the link. Idempotent."""
+        with self._lock:
+            session, self._session = self._session, None
+        if session is not None:
+            session.close()
+            self._events.put(None)
+
+    def _started(self) -> Session:
+        session = self._session
+        if session is None:
+            raise RuntimeError(NOT_STARTED)
+        return session
+
+
+def check_frame(frame: Mapping[str, Any]) -> str:
+    """Return the type of a command frame; raise ValueError for one that is none."""
+    kind = frame.get("type")
+    if kind not in COMMANDS:
+        raise ValueError(f"Unsupported frame type: {kind}")
+    wanted = {"run_task": ("run_id", "task_id"), "cancel_task": ("run_id",)}.get(kind, ())
+    for key in wanted:
+        if not isinstance(frame.get(key), str) or not frame[key]:
+            raise ValueError(f"A {kind} frame needs {key!r}, a non-empty string.")
+    if kind == "run_task" and "callable" not in frame:
+        raise ValueError("A run_task frame needs 'callable'.")
+    return str(kind)
+
+
+def run_defaults(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a weave's ``run_config`` says about delivery, without None."""
+    keys = ("delivery_heartbeat_seconds", "delivery_orphan_policy")
+    return {key: run_config[key] for key in keys if run_config.get(key) is not None}
+
+
+def frame_delivery(frame: Mapping[str, Any], defaults: Mapping[str, Any]) -> DeliveryOptions:
+    """Return the delivery settings of a ``run_task`` frame."""
+    return DeliveryOptions.from_mapping({**defaults, **(frame.get("delivery") or {})})

@@ -1,0 +1,138 @@
+"""Command frames, read from messages of a host that nobody trusts.
+
+Owns: what a valid ``run_task``, ``cancel_task`` and ``shutdown`` is. Never: unpickles,
+never touches a socket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from ..frames import COMMANDS, InvalidMessage
+
+__all__ = ["CancelTask", "Command", "Ignored", "MalformedRun", "RunTask", "Shutdown", "read"]
+
+_MAX_ID = 4096
+_CANCEL_MODES = ("best_effort", "require_ack")
+#: A host that asks for more beats than 100 a second gets 100 a second.
+_MIN_BEAT_INTERVAL = 0.01
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunTask:
+    """Execute a task. ``beat_interval`` is a third of the heartbeat asked for, in seconds."""
+
+    run_id: str
+    task_id: str
+    callable_pickle: str
+    args_pickle: str | None
+    beat_interval: float | None
+    cancel_mode: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MalformedRun:
+    """A ``run_task`` that names its run and is wrong otherwise: that run gets the error."""
+
+    run_id: str
+    task_id: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CancelTask:
+    """Cancel a run; ``cancel_mode`` is None if the frame leaves it to the run's own."""
+
+    run_id: str
+    cancel_mode: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Cancel every run of this connection."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ignored:
+    """Valid JSON that is no command; ``reason`` is "shape", "type" or "run_id"."""
+
+    reason: str
+
+
+Command = RunTask | MalformedRun | CancelTask | Shutdown | Ignored
+
+
+def read(message: bytes | str) -> Command:
+    """Return the command in *message*.
+
+    Raises InvalidMessage for what is not UTF-8, not JSON or beyond the parser's limits.
+    """
+    frame = _parse(message)
+    if not isinstance(frame, dict):
+        return Ignored("shape")
+    kind = frame.get("type")
+    if not isinstance(kind, str) or kind not in COMMANDS:
+        return Ignored("type")
+    if kind == "shutdown":
+        return Shutdown()
+    run_id = frame.get("run_id")
+    if not isinstance(run_id, str) or not 0 < len(run_id) <= _MAX_ID:
+        return Ignored("run_id")
+    if kind == "cancel_task":
+        mode = frame.get("delivery_cancel_mode")
+        return CancelTask(run_id, mode if mode in _CANCEL_MODES else None)
+    return _run_task(frame, run_id)
+
+
+def _parse(message: bytes | str) -> Any:
+    try:
+        return json.loads(message if isinstance(message, str) else str(message, "utf-8"))
+    except UnicodeDecodeError as exc:
+        raise InvalidMessage(f"message is not UTF-8 (byte {exc.start})") from None
+    except json.JSONDecodeError as exc:
+        raise InvalidMessage(f"message is not JSON (position {exc.pos})") from None
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage(f"message is beyond the JSON parser's limits ({type(exc).__name__})") from None
+
+
+def _run_task(frame: dict[str, Any], run_id: str) -> RunTask | MalformedRun:
+    task_id, function, args = frame.get("task_id"), frame.get("callable_pickle"), frame.get("args_pickle")
+    if not isinstance(task_id, str) or len(task_id) > _MAX_ID:
+        return MalformedRun(run_id, "", "run_task needs a task_id, a string of at most 4096 characters.")
+    if not isinstance(function, str) or not function:
+        return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.")
+    if args is not None and not isinstance(args, str):
+        return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.")
+    delivery = frame.get("delivery")
+    if delivery is None:
+        delivery = {}
+    if not isinstance(delivery, dict):
+        return MalformedRun(run_id, task_id, "delivery of run_task must be an object.")
+    heartbeat = delivery.get("delivery_heartbeat_seconds")
+    if heartbeat is not None and not _is_positive(heartbeat):
+        return MalformedRun(run_id, task_id, "delivery_heartbeat_seconds must be a number above 0.")
+    mode = delivery.get("delivery_cancel_mode")
+    if mode is not None and mode not in _CANCEL_MODES:
+        return MalformedRun(
+            run_id, task_id, "delivery_cancel_mode must be one of: 'best_effort', 'require_ack'"
+        )
+    return RunTask(
+        run_id,
+        task_id,
+        function,
+        args or None,
+        None if heartbeat is None else max(heartbeat / 3, _MIN_BEAT_INTERVAL),
+        mode or "best_effort",
+    )
+
+
+def _is_positive(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value) and value > 0
+    except OverflowError:  # an integer that no float can hold
+        return False

@@ -1,0 +1,273 @@
+"""The user's code of one run: unpickle it, call it, await it, pickle what comes out.
+
+Owns: everything that executes user code, and the terminal event that follows from it.
+Never: runs on the event loop that serves connections; never lets an exception of a
+task out, be it SystemExit; never touches a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import inspect
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from .. import payloads
+from ..frames import encode
+from .commands import RunTask
+from .logs import log_sink
+
+__all__ = ["Job", "Report", "cancelled_event", "error_event", "plain_error"]
+
+#: Gets ("started" | "log" | "ended", the encoded event), from the thread of the task.
+Report = Callable[[str, bytes], None]
+#: Takes over an awaitable, to be driven on a loop in the given context.
+Adopt = Callable[["Job", Awaitable[Any], contextvars.Context], None]
+
+_MAX_ERROR_TEXT = 64 * 1024
+
+
+def error_event(
+    run_id: str,
+    task_id: str,
+    error: Mapping[str, Any],
+    exception: bytes | None = None,
+) -> bytes:
+    """Return a ``task_error`` message; *exception* is its base64 cloudpickle, if there is one."""
+    event: dict[str, Any] = {"type": "task_error", "run_id": run_id, "task_id": task_id}
+    if exception is not None:
+        event["exception_pickle"] = exception
+    event["error_pickle"] = payloads.encode_value(dict(error))
+    return encode(event)
+
+
+def cancelled_event(run_id: str, task_id: str) -> bytes:
+    """Return a ``task_cancelled`` message."""
+    return encode({"type": "task_cancelled", "run_id": run_id, "task_id": task_id})
+
+
+def plain_error(kind: str, message: str, source: str, *, text: str = "") -> dict[str, Any]:
+    """Return Wove's error dictionary, its texts bounded."""
+    return {
+        "kind": kind,
+        "message": _bounded(message),
+        "traceback": _bounded(text),
+        "retryable": False,
+        "source": source,
+        "adapter": "websocket",
+    }
+
+
+class Job:
+    """One execution. An engine calls ``run`` in a thread of its own, at most once.
+
+    ``limit`` is the largest message in bytes that the host accepts. ``coroutine`` is set
+    while an awaitable of the task is being driven; ``cancel_requested`` and ``abandoned``
+    (nobody wants the result) are set by others and only looked at here.
+    """
+
+    __slots__ = (
+        "_command",
+        "_limit",
+        "_report",
+        "abandoned",
+        "cancel_requested",
+        "coroutine",
+        "done",
+        "future",
+        "task",
+    )
+
+    def __init__(self, command: RunTask, report: Report, limit: int) -> None:
+        self._command = command
+        self._report = report
+        self._limit = limit
+        self.abandoned = False
+        self.cancel_requested = False
+        self.coroutine = False
+        self.done = False
+        self.future: Any = None  # the engine's
+        self.task: asyncio.Task[None] | None = None  # of the loop that drives the coroutine
+
+    def run(self, adopt: Adopt) -> None:
+        """Execute the task in this thread; hand an awaitable that it returns to *adopt*."""
+        contextvars.Context().run(self._run, adopt)
+
+    def _run(self, adopt: Adopt) -> None:
+        if self.abandoned:
+            return
+        log_sink.set(self._log)
+        head = {"type": "task_started", "run_id": self._command.run_id, "task_id": self._command.task_id}
+        self._report("started", encode(head))
+        try:
+            function, args = self._unpickle()
+        except BaseException as exc:
+            self._failed_payload(exc)
+            return
+        try:
+            value = function(**args)
+            awaitable = inspect.isawaitable(value)
+        except asyncio.CancelledError:
+            self._cancelled()
+        except BaseException as exc:
+            self._failed(exc)
+        else:
+            del function, args
+            if not awaitable:
+                self._returned(value)
+                return
+            self.coroutine = True
+            adopt(self, value, contextvars.copy_context())
+
+    def forget(self) -> None:
+        """Drop the payload of a job that will never run; its place in a queue may live on for long."""
+        self._command = dataclasses.replace(self._command, callable_pickle="", args_pickle=None)
+
+    async def drive(self, awaitable: Awaitable[Any]) -> None:
+        """Await what the task returned and report how it ended. Never raises."""
+        try:
+            value = await awaitable
+        except asyncio.CancelledError:
+            self._cancelled()
+        except BaseException as exc:
+            self._failed(exc)
+        else:
+            self._returned(value)
+
+    def refuse(self, awaitable: Awaitable[Any]) -> None:
+        """End the job whose awaitable is not to be driven any more: it was cancelled before."""
+        try:
+            stop = getattr(awaitable, "close", None) or getattr(awaitable, "cancel", None)
+            if stop is not None:
+                stop()
+        except BaseException as exc:
+            self._failed(exc)
+        else:
+            self._cancelled()
+
+    def _unpickle(self) -> tuple[Any, dict[str, Any]]:
+        command = self._command
+        function = payloads.decode_value(command.callable_pickle)
+        args = {} if command.args_pickle is None else payloads.decode_value(command.args_pickle)
+        # The text of large arguments must not stay in memory while the task runs.
+        self.forget()
+        if not callable(function):
+            raise TypeError(f"callable_pickle holds a {type(function).__name__}, which cannot be called")
+        if not isinstance(args, dict) or not all(isinstance(key, str) for key in args):
+            raise TypeError("args_pickle must hold a dictionary of keyword arguments")
+        return function, args
+
+    def _log(self, fields: Mapping[str, Any]) -> None:
+        if self.done or self.abandoned:
+            return
+        head = {"type": "log", "run_id": self._command.run_id, "task_id": self._command.task_id}
+        self._report("log", encode({**head, **fields}))
+
+    def _end(self, event: bytes) -> None:
+        self.done = True
+        self._report("ended", event)
+
+    def _cancelled(self) -> None:
+        self._end(cancelled_event(self._command.run_id, self._command.task_id))
+
+    def _error(self, error: Mapping[str, Any], exception: bytes | None = None) -> None:
+        event = error_event(self._command.run_id, self._command.task_id, error, exception)
+        if len(event) > self._limit and exception is not None:
+            event = error_event(self._command.run_id, self._command.task_id, error)
+        if len(event) > self._limit:
+            short = {**error, "message": str(error["message"])[:512], "traceback": ""}
+            event = error_event(self._command.run_id, self._command.task_id, short)
+        self._end(event)
+
+    def _failed_payload(self, exc: BaseException) -> None:
+        """Report that the task could not be unpickled, so that nothing of it ran."""
+        cause = exc.__cause__ or exc
+        message = (
+            f"The task could not be unpickled by the worker service ({_describe(cause)}). "
+            "Check that both sides have the same modules and compatible versions."
+        )
+        self._error(plain_error("PayloadDecodeError", message, "payload", text=_traceback(cause)))
+
+    def _failed(self, exc: BaseException) -> None:
+        """Report the task's own exception."""
+        if self.abandoned:
+            self._end(b"")
+            return
+        error = plain_error(type(exc).__name__, _text(exc), "task", text=_traceback(exc))
+        self._error(error, _pickled(exc))
+
+    def _returned(self, value: Any) -> None:
+        """Report the task's result, or why it cannot travel."""
+        if self.abandoned:
+            self._end(b"")
+            return
+        kind = type(value)
+        try:
+            pickled = payloads.encode_value(value)
+        except BaseException as exc:
+            message = (
+                f"The task returned a {kind.__module__}.{kind.__qualname__} that cannot be pickled "
+                f"({_describe(exc)}). A result must be picklable to travel back to the host."
+            )
+            self._error(plain_error(type(exc).__name__, message, "result", text=_traceback(exc)))
+            return
+        del value
+        run_id, task_id = self._command.run_id, self._command.task_id
+        event = {"type": "task_result", "run_id": run_id, "task_id": task_id, "result_pickle": pickled}
+        message_bytes = encode(event) if len(pickled) < self._limit else b""
+        if not message_bytes or len(message_bytes) > self._limit:
+            self._too_large(len(message_bytes) or len(pickled))
+            return
+        self._end(message_bytes)
+
+    def _too_large(self, size: int) -> None:
+        message = (
+            f"The result of task {self._command.task_id!r} takes {size} bytes as a message; "
+            f"this host accepts {self._limit}. Return less, or where to find it, or use the executor of "
+            "wove_ws_sync on the host and raise executor_config.max_message_bytes."
+        )
+        self._error(plain_error("ResultTooLarge", message, "result"))
+
+
+def _pickled(exc: BaseException) -> bytes | None:
+    """Return *exc* for ``exception_pickle``; None if the host could not raise it as itself."""
+    if not isinstance(exc, Exception) or isinstance(exc, StopIteration | StopAsyncIteration):
+        return None  # a host must not raise these inside its own loop
+    try:
+        pickled = payloads.encode_value(exc)
+        again = payloads.decode_value(pickled)
+    except BaseException:
+        return None
+    return pickled if isinstance(again, Exception) else None
+
+
+def _traceback(exc: BaseException) -> str:
+    """Return the whole chain as text, without the frames of this module at its start."""
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    try:
+        return "".join(traceback.format_exception(type(exc), exc, trace))
+    except BaseException as fault:
+        return f"{type(exc).__name__} (its traceback could not be formatted: {type(fault).__name__})"
+
+
+def _text(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except BaseException as fault:
+        return f"(str() of this {type(exc).__name__} failed: {type(fault).__name__})"
+
+
+def _describe(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {_text(exc)[:1024]}"
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= _MAX_ERROR_TEXT:
+        return text
+    half = _MAX_ERROR_TEXT // 2
+    return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"

@@ -1,0 +1,74 @@
+"""Log records of tasks, on their way to the host.
+
+Owns: the handler on the root logger and the ContextVar that says which run is being
+executed. Never: forwards records of this package or of websockets, never hurts the task.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+__all__ = ["TaskLogHandler", "install", "log_sink", "uninstall"]
+
+#: Takes the fields of one log event of the run whose code is executing; None outside of tasks.
+log_sink: ContextVar[Callable[[Mapping[str, Any]], None] | None] = ContextVar("wove_ws_log_sink", default=None)
+
+_MAX_TEXT = 16 * 1024
+_OWN = ("wove_ws_sync", "websockets")
+
+_lock = threading.Lock()  # guards _users and whether the handler is on the root logger
+_users = 0
+
+
+class TaskLogHandler(logging.Handler):
+    """Hand every record that a task emits to that task's run. Runs in the task's thread."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass *record* on if a task emitted it; its text is bounded to 16 Ki characters."""
+        sink = log_sink.get()
+        if sink is None or record.name.partition(".")[0] in _OWN:
+            return
+        sink(
+            {
+                "level": str(record.levelname),
+                "logger": str(record.name)[:256],
+                "message": _text(record),
+                "created": record.created,
+            }
+        )
+
+
+def _text(record: logging.LogRecord) -> str:
+    try:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
+    except Exception as exc:
+        text = f"(this log record could not be formatted: {type(exc).__name__})"
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+_handler = TaskLogHandler()
+
+
+def install() -> None:
+    """Put the handler on the root logger; counted, one ``uninstall()`` per call takes it off."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            logging.getLogger().addHandler(_handler)
+
+
+def uninstall() -> None:
+    """Undo one ``install()``."""
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            logging.getLogger().removeHandler(_handler)

@@ -1,0 +1,285 @@
+"""The worker service: a WebSocket server that runs tasks for hosts.
+
+Owns: the listening socket, who gets in, the timer of all heartbeats, start and stop.
+Never: parses a frame before the handshake is authenticated, never executes user code on
+its event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections import Counter
+from types import TracebackType
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.http11 import Request, Response
+
+from .. import payloads
+from . import logs
+from .auth import MIN_SECRET_BYTES, Authenticator, check_listening, is_loopback
+from .connection import HostConnection, Outbox
+from .engines import Engine, make_engine
+from .runs import BeatSchedule, Run
+
+__all__ = ["WorkerService"]
+
+_logger = logging.getLogger("wove_ws_sync.worker")
+# websockets writes headers, and so credentials, at DEBUG level: never let it.
+_wire_logger = logging.getLogger("wove_ws_sync.worker.wire")
+_wire_logger.setLevel(logging.WARNING)
+
+_DEFAULT_MAX_MESSAGE = 256 * 1024 * 1024
+#: What a host on Wove's own executor accepts: the default limit of websockets, which it cannot change.
+_FOREIGN_LIMIT = 1024 * 1024 - 1
+_SMALLEST_LIMIT = 4096
+_PING_INTERVAL = 20.0
+_PING_TIMEOUT = 60.0
+_CLOSE_TIMEOUT = 1.0
+
+
+class WorkerService:
+    """Serve hosts on one port. Use it from one event loop; ``async with`` starts and stops it.
+
+    ``host``, ``port`` (0 takes a free one) and ``path`` say where to listen. ``security``
+    is Wove's executor_config value: ``"env:VARIABLE"``, a dictionary, or None for no
+    authentication. ``engine`` is a name or an Engine, ``workers`` the number of its slots
+    (default: CPUs + 4, at most 32). ``ssl_context`` makes it wss. ``max_message_bytes``
+    (default 256 MiB) is the largest message accepted from a host. ``insecure`` allows to
+    listen beyond loopback without TLS and security.
+
+    Raises ValueError or TypeError for wrong arguments and RuntimeError for a secret that
+    is missing from the environment; ``start()`` raises OSError if the port is taken.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8765,
+        path: str = "/wove",
+        security: Any = None,
+        engine: str | Engine = "threads",
+        workers: int | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        max_message_bytes: int = _DEFAULT_MAX_MESSAGE,
+        insecure: bool = False,
+    ) -> None:
+        if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
+            raise ValueError(f"path must be the path of a URL, such as /wove, not {path!r}.")
+        if not 0 <= port <= 65535:
+            raise ValueError(f"port must be from 0 to 65535, not {port}.")
+        if max_message_bytes < _SMALLEST_LIMIT:
+            raise ValueError(f"max_message_bytes must be at least {_SMALLEST_LIMIT}, not {max_message_bytes}.")
+        self._auth = Authenticator(security)
+        authenticated = self._auth.mode != "none"
+        check_listening(host, tls=ssl_context is not None, authenticated=authenticated, insecure=insecure)
+        payloads.encode_value(None)  # a missing cloudpickle shall be told now and not by every run
+        self._host = host
+        self._port = port
+        self._path = path
+        self._ssl_context = ssl_context
+        self._max_message_bytes = max_message_bytes
+        self._insecure = insecure
+        self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
+        self._server: Server | None = None
+        self._beats: _BeatTimer | None = None
+        self._outbox: Outbox | None = None
+        self.counters: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        state = "serving" if self._server is not None else "stopped"
+        return f"<WorkerService {self.url} {state} engine={self._engine.name} workers={self._engine.workers}>"
+
+    @property
+    def url(self) -> str:
+        """Return where hosts connect to, with the real port once it is listening."""
+        host = f"[{self._host}]" if ":" in self._host else self._host or "0.0.0.0"
+        return f"{'ws' if self._ssl_context is None else 'wss'}://{host}:{self._port}{self._path}"
+
+    async def __aenter__(self) -> WorkerService:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Listen. Raises OSError if the address cannot be had. A service starts once."""
+        loop = asyncio.get_running_loop()
+        self._outbox = Outbox(loop)
+        self._beats = _BeatTimer(loop)
+        server = await serve(
+            self._serve_host,
+            self._host or None,
+            self._port,
+            process_request=self._admit,
+            process_response=self._greet,
+            server_header=None,
+            compression=None,
+            max_size=self._max_message_bytes,
+            max_queue=1024,
+            write_limit=256 * 1024,
+            ping_interval=_PING_INTERVAL,
+            ping_timeout=_PING_TIMEOUT,
+            close_timeout=_CLOSE_TIMEOUT,
+            logger=_wire_logger,
+            ssl=self._ssl_context,
+        )
+        addresses = [sock.getsockname() for sock in server.sockets]
+        if is_loopback(self._host) and not self._insecure and not all(is_loopback(a[0]) for a in addresses):
+            server.close()  # a hosts file can give the name localhost to any address
+            raise ValueError(f"{self._host!r} is not a loopback address on this machine; listen on 127.0.0.1.")
+        self._port = addresses[0][1]
+        self._server = server
+        logs.install()
+        self._warn()
+        _logger.info("Listening on %s with %d %s.", self.url, self._engine.workers, self._engine.name)
+
+    def _warn(self) -> None:
+        if self._auth.mode == "none":
+            who = "user of this machine" if is_loopback(self._host) else "machine that reaches this port"
+            _logger.warning("No security is configured: every %s can run code here.", who)
+        if self._auth.weak:
+            _logger.warning("The secret is shorter than %d bytes and may be guessed.", MIN_SECRET_BYTES)
+
+    async def serve_forever(self) -> None:
+        """Serve until this coroutine is cancelled or ``stop()`` is called; start first if need be."""
+        if self._server is None:
+            await self.start()
+        assert self._server is not None
+        try:
+            await self._server.wait_closed()
+        finally:
+            await self.stop()
+
+    async def stop(self, timeout: float = 1.0) -> bool:
+        """Stop accepting, close connections with 1001, end the engine.
+
+        Runs in flight are dropped: coroutines are cancelled, results of synchronous tasks
+        lost. Returns False if a task still occupies a thread *timeout* seconds later.
+        Calling it again is harmless.
+        """
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+            # A peer in the middle of its handshake is not waited for.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(server.wait_closed()), _CLOSE_TIMEOUT + 0.5)
+            logs.uninstall()
+        if self._beats is not None:
+            self._beats.stop()
+        clean = await asyncio.to_thread(self._engine.close, timeout)
+        if server is not None:
+            _logger.info("Stopped.")
+        return clean
+
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Refuse who may not connect, before a byte of any frame is looked at."""
+        peer = _peer(connection)
+        if request.path.partition("?")[0] != self._path:
+            self.counters["wrong_path"] += 1
+            _logger.info("Refused %s with 404: it asked for another path.", peer)
+            return connection.respond(404, "404 Not Found\n")
+        try:
+            self._auth.verify(request.headers.get_all, request.path)
+        except PermissionError as exc:
+            self.counters["unauthorized"] += 1
+            _logger.warning("Refused %s with 401: %s", peer, exc)
+            return connection.respond(401, "401 Unauthorized\n")
+        return None
+
+    def _greet(self, connection: ServerConnection, request: Request, response: Response) -> None:
+        """Answer a host of this package in its own words; a foreign one never sees our headers."""
+        if response.status_code == 101 and _is_ours(request):
+            response.headers["X-Wove-Sync"] = "1"
+            response.headers["X-Wove-Max-Message"] = str(self._max_message_bytes)
+
+    async def _serve_host(self, connection: ServerConnection) -> None:
+        assert self._outbox is not None and self._beats is not None and connection.request is not None
+        _set_user_timeout(connection)
+        ours = _is_ours(connection.request)
+        limit = _announced_limit(connection.request) if ours else _FOREIGN_LIMIT
+        host = HostConnection(
+            connection,
+            engine=self._engine,
+            outbox=self._outbox,
+            expect_beats=self._beats.add,
+            counters=self.counters,
+            limit=limit,
+            batching=ours,
+        )
+        self.counters["connections"] += 1
+        _logger.info("Host %s connected.", _peer(connection))
+        await host.serve()
+        _logger.info("Host %s is gone (close code %s).", _peer(connection), connection.close_code)
+
+
+class _BeatTimer:
+    """One timer of the loop for the heartbeats of all runs; user code cannot delay it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._schedule = BeatSchedule()
+        self._handle: asyncio.TimerHandle | None = None
+
+    def add(self, run: Run) -> None:
+        """Have *run* beat from now on, if its host asked for that."""
+        if run.beat_interval is not None:
+            self._schedule.add(run, self._loop.time())
+            self._arm()
+
+    def _arm(self) -> None:
+        moment = self._schedule.next_at()
+        if moment is None or (self._handle is not None and self._handle.when() <= moment):
+            return
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_at(moment, self._fire)
+
+    def _fire(self) -> None:
+        self._handle = None
+        for run in self._schedule.due(self._loop.time()):
+            run.owner.beat(run)
+        self._arm()
+
+    def stop(self) -> None:
+        """Beat no more."""
+        if self._handle is not None:
+            self._handle.cancel()
+
+
+def _peer(connection: ServerConnection) -> str:
+    address = connection.remote_address
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a closed connection"
+
+
+def _is_ours(request: Request) -> bool:
+    values = request.headers.get_all("X-Wove-Sync")
+    return len(values) == 1 and values[0].partition(";")[0].strip() == "1"
+
+
+def _announced_limit(request: Request) -> int:
+    """Return the largest message that this host says it accepts."""
+    values = request.headers.get_all("X-Wove-Max-Message")
+    if len(values) != 1 or not (values[0].isascii() and values[0].isdigit() and len(values[0]) <= 18):
+        return _FOREIGN_LIMIT
+    return max(_SMALLEST_LIMIT, int(values[0]))
+
+
+def _set_user_timeout(connection: ServerConnection) -> None:
+    """Bound how long sent bytes may stay unacknowledged: keepalive pings wait behind a full buffer."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    sock = connection.transport.get_extra_info("socket")
+    if option is not None and sock is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, int((_PING_INTERVAL + _PING_TIMEOUT) * 1000))
