@@ -47,8 +47,7 @@ def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Map
     ws = websocket.WebSocket(enable_multithread=False, skip_utf8_validation=True)
     try:
         ws.connect(  # type: ignore[no-untyped-call]
-            # The name is for the library only, which looks up cookies and proxies by it.
-            f"{'wss' if options.secure else 'ws'}://worker.invalid:{options.port}/",
+            f"ws://{place(options)}/",  # what matters of it the seam puts in
             socket=seam,
             host=_host_header(options),
             header={"Sec-WebSocket-Key": key},
@@ -73,8 +72,9 @@ class _Seam:
     """The socket that websocket-client sees while it shakes hands.
 
     On the way out it puts in what the library must not touch: the exact target (the
-    library drops some of it) and the headers with secrets (its trace would log them). On
-    the way in it judges the response first and shows the library only the lines it checks.
+    library drops some of it) and the headers with secrets (its trace would log them), and
+    takes out the cookies of other connections. On the way in it judges the response first
+    and shows the library only the lines it checks.
     """
 
     def __init__(self, wire: Wire, options: LinkOptions, headers: Mapping[str, str], key: str) -> None:
@@ -88,8 +88,9 @@ class _Seam:
 
     def send(self, data: bytes) -> int:
         """Send the library's request with our target and headers."""
-        lines = data.partition(b"\r\n")[2]
-        self._wire.send(self._request_line + lines.removesuffix(b"\r\n") + self._headers + b"\r\n")
+        lines = data.removesuffix(b"\r\n\r\n").split(b"\r\n")[1:]
+        kept = [line + b"\r\n" for line in lines if not line.startswith(b"Cookie:")]
+        self._wire.send(b"".join([self._request_line, *kept, self._headers, b"\r\n"]))
         return len(data)
 
     def recv(self, size: int) -> bytes:

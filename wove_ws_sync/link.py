@@ -116,15 +116,17 @@ class Link:
     def detach(self, session: Hashable) -> None:
         """Count *session* out and end what it left, each run by its orphan policy."""
         with self._state_lock:
+            effects = self._table.abandon(session)
             self._forget(session, self._clock.monotonic())
-        self.abandon(session)
+            moment = self._next_decision()
+        self._apply(effects)
+        self._mind(moment)
 
     def abandon(self, session: Hashable) -> None:
         """End the runs of *session*, each by its orphan policy."""
         with self._state_lock:
             effects = self._table.abandon(session)
         self._apply(effects)
-        self._nudge()
 
     def drop(self, session: Hashable) -> None:
         """Count *session* out from a finalizer: takes no lock, the watchdog does the rest."""
@@ -155,20 +157,14 @@ class Link:
                 raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
             self._table.register(run, now)
             effects = self._post_ready(now)
-            alarm = self._table.next_alarm()
+            moment = self._next_decision()
             connection = self._connection
-        self._apply(effects)
+        self._mind(moment)
         if connection is None:
             self._start()
-            return
-        if alarm is not None and (connection.watching_until is None or alarm < connection.watching_until):
-            connection.waker.wake()
-        if connection.transport is None:
-            return
-        if wait and isinstance(run.receipt, Parcel) and not self.in_own_thread():
+        elif wait and isinstance(run.receipt, Parcel) and not self.in_own_thread():
             connection.push(run.receipt, run.deadline)
-        else:
-            connection.flush()
+        self._apply(effects)
 
     def find(self, run_id: str) -> Run | None:
         """Return the run if it is on its way."""
@@ -180,8 +176,9 @@ class Link:
         with self._state_lock:
             effects = self._table.cancel(run, self._clock.monotonic())
             self._post_into(effects)
+            moment = self._next_decision()
         self._apply(effects)
-        self._nudge()
+        self._mind(moment)
 
     def connect(self, deadline: Deadline) -> None:
         """Dial if need be and wait until the link is READY.
@@ -318,10 +315,9 @@ class Link:
             for event in decoded.events:
                 effects += self._table.receive(event, now)
             self._post_into(effects)
+            idle_until = self._idle_until()
         self._apply(effects)
-        connection.flush()
-        if not self._sessions and not len(self._table):
-            connection.waker.wake()
+        self._mind(idle_until)
 
     def _end(self, connection: Connection, exc: BaseException) -> None:
         """End the connection once: every run ends, the watchdog cleans up, the next use dials."""
@@ -374,9 +370,13 @@ class Link:
 
     def _next_moment(self, connection: Connection) -> float | None:
         with self._state_lock:
-            moments = (self._table.next_alarm(), self._idle_until(), connection.next_check(self.options))
-            connection.watching_until = min((moment for moment in moments if moment is not None), default=None)
+            check = Deadline(connection.next_check(self.options))
+            connection.watching_until = check.earliest(Deadline(self._next_decision())).at
             return connection.watching_until
+
+    def _next_decision(self) -> float | None:
+        """Return when a run or the link itself is due. Hold ``_state_lock``."""
+        return Deadline(self._table.next_alarm()).earliest(Deadline(self._idle_until())).at
 
     def _judge(self, connection: Connection, now: float, *, behind: bool) -> None:
         """Decide what is due. *behind*: unread bytes are left, and count as life for every run."""
@@ -445,6 +445,9 @@ class Link:
                 self._deliver(effect.run, effect.event)
             else:
                 self._cancel_at_worker(effect)
+        connection = self._connection
+        if connection is not None:
+            connection.flush()  # cancels, and runs that got a slot
 
     def _deliver(self, run: Run, event: dict[str, Any]) -> None:
         kind = event["type"]
@@ -472,13 +475,14 @@ class Link:
             "delivery_orphan_policy": run.delivery.delivery_orphan_policy,
         }
         connection.transport.post(frames.encode(command))
-        connection.flush()
 
-    def _nudge(self) -> None:
+    def _mind(self, moment: float | None) -> None:
+        """Wake the watchdog if it means to sleep beyond *moment*."""
         connection = self._connection
-        if connection is not None:
-            connection.flush()
-            connection.waker.wake()
+        if connection is not None and moment is not None:
+            until = connection.watching_until
+            if until is None or moment < until:
+                connection.waker.wake()
 
     def in_own_thread(self) -> bool:
         """Tell whether the caller is one of the link's threads, which must not wait for the link."""

@@ -125,17 +125,19 @@ class LoopbackWorker:
         if self._tls and self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="wove-ws-")
             _make_certificates(Path(self._directory.name))
+        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             self._command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), **self._env},
+            env={**os.environ, "PYTHONPATH": search_path, **self._env},
         )
         self._output = _Output(self._process, self._output)
         url = self._output.first_line(self._start_timeout)
         if not url:
             self.kill()
+            self.stop()
             last = "\n".join(self.log.splitlines()[-20:])
             raise RuntimeError(f"The loopback worker was not ready in {self._start_timeout} s:\n{last}")
         self.url = url
@@ -262,20 +264,20 @@ def _make_certificates(folder: Path) -> None:
         return builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def usage(**chosen: bool) -> x509.KeyUsage:
-        names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment")
-        names += ("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
-        return x509.KeyUsage(**{name: chosen.get(name, False) for name in names})
+        names = "digital_signature content_commitment key_encipherment data_encipherment key_agreement"
+        names += " key_cert_sign crl_sign encipher_only decipher_only"
+        return x509.KeyUsage(**{name: chosen.get(name, False) for name in names.split()})
 
     ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     authority = "wove_ws_sync loopback test CA"
     ca_constraints = (x509.BasicConstraints(ca=True, path_length=0), True)
     ca_usage = (usage(key_cert_sign=True, crl_sign=True), True)
-    addresses = [x509.DNSName("localhost")]
+    addresses: list[x509.GeneralName] = [x509.DNSName("localhost")]
     addresses += [x509.IPAddress(ip_address(text)) for text in ("127.0.0.1", "::1")]
     server = (
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (usage(digital_signature=True), True),
-        (x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), False),
+        (x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (x509.SubjectAlternativeName(addresses), False),
     )
     (folder / "ca.pem").write_bytes(

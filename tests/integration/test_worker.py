@@ -6,6 +6,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from websockets.sync.client import connect
 
 from wove_ws_sync.testing import LoopbackWorker
 from wove_ws_sync.worker import WorkerService
+from wove_ws_sync.worker.auth import Authenticator
 
 # The worker cannot import this module: what tasks use of it travels by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -303,10 +305,10 @@ class TestHeartbeats:
 
         host.run(task, delivery={"delivery_heartbeat_seconds": 0.6})
         moments = []
-        while (event := host.event())["type"] not in TERMINAL:
+        while host.event()["type"] not in TERMINAL:
             moments.append(time.monotonic())
         assert 4 <= len(moments) <= 8
-        assert max(b - a for a, b in zip(moments, moments[1:], strict=False)) < 0.6
+        assert max(b - a for a, b in itertools.pairwise(moments)) < 0.6
 
     def test_a_queued_run_beats_and_is_started_later(self, worker: LoopbackWorker, tmp_path: Path) -> None:
         """From acceptance on, also while every slot is taken; task_started comes when it begins."""
@@ -324,6 +326,7 @@ class TestHeartbeats:
     def test_a_blocking_coroutine_stops_nobody_else(self, host: RawHost, tmp_path: Path) -> None:
         """While it holds the task loop: its own beats, other hosts' runs and new handshakes go on."""
         gate = str(tmp_path / "gate")
+
         async def task() -> None:
             block_until(gate)
 
@@ -444,6 +447,7 @@ class TestCancel:
     ) -> None:
         """Between the call and its awaitable, require_ack is acknowledged with task_cancelled."""
         gate, ran = tmp_path / "gate", tmp_path / "ran"
+
         def task(gate: str, ran: str) -> Any:
             import pathlib
 
@@ -551,7 +555,9 @@ class TestFailures:
 
     @pytest.mark.parametrize("asynchronous", [False, True])
     @pytest.mark.parametrize("kind", ["SystemExit", "KeyboardInterrupt", "GeneratorExit", "BaseException"])
-    def test_what_ends_processes_ends_only_the_run(self, host: RawHost, kind: str, asynchronous: bool) -> None:
+    def test_what_ends_processes_ends_only_the_run(
+        self, host: RawHost, kind: str, asynchronous: bool
+    ) -> None:
         """It is a task_error without exception_pickle, and the worker serves on."""
 
         def task(kind: str) -> None:
@@ -827,6 +833,36 @@ class TestLogs:
                 logs[event["run_id"]].append(event["message"])
         assert logs == {name: [f"{name} {number}" for number in range(5)] for name in names}
 
+    def test_a_record_whose_text_blocks_stops_nobody_else(self, host: RawHost, tmp_path: Path) -> None:
+        """Formatting runs user code: no lock is held that the service or other tasks need."""
+        gate = str(tmp_path / "gate")
+
+        class Slow:
+            def __str__(self) -> str:
+                block_until(gate)
+                return "at last"
+
+        def task() -> None:
+            import logging
+
+            record = logging.LogRecord("slow", logging.INFO, "", 0, "%s", (Slow(),), None)
+            for handler in logging.getLogger().handlers:
+                if type(handler).__name__ == "TaskLogHandler":
+                    handler.handle(record)
+
+        def other() -> str:
+            import logging
+
+            logging.getLogger().info("me too")
+            return "fine"
+
+        host.run(task, "slow")
+        host.wait("slow", "task_started")
+        host.run(other, "other", delivery={"delivery_heartbeat_seconds": 1.0})
+        assert host.result("other") == "fine"
+        Path(gate).touch()
+        assert [event.get("message") for event in host.wait("slow")] == ["at last", None]
+
     def test_odd_records_do_not_hurt(self, host: RawHost) -> None:
         """Texts are bounded, bad formats are told, tracebacks are kept, our own loggers are left out."""
 
@@ -945,6 +981,70 @@ class TestHandshake:
         headers = signed(worker)
         assert self.refused(worker, [*headers.items(), ("X-Wove-Signature", "v1=0")]) == 401
 
+    def test_one_of_many_racing_replays_gets_in(self) -> None:
+        """The memory of nonces is safe under threads and keeps each until its timestamp has expired."""
+        secret = {"secret": "s" * 32, "clock_skew_seconds": 30}
+        authenticator = Authenticator(secret)
+        security = wove.NetworkExecutorSecurity.from_config(secret)
+        start = threading.Barrier(8)
+        accepted = []
+
+        def replay(headers: dict[str, str]) -> None:
+            start.wait(PATIENCE)
+            with contextlib.suppress(PermissionError):
+                authenticator.verify(lambda name: [headers[name]], "/wove")
+                accepted.append(headers)
+
+        for _ in range(20):
+            headers = security.headers_for(transport="websocket", target="/wove", body=b"")
+            threads = [threading.Thread(target=replay, args=(headers,)) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(accepted) == 20 and len({headers["X-Wove-Nonce"] for headers in accepted}) == 20
+
+    def test_nonces_are_forgotten_when_their_timestamp_has_expired(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Until then a replay is refused for its nonce, afterwards for its age; the memory stays small."""
+        secret = {"secret": "s" * 32, "clock_skew_seconds": 30}
+        authenticator = Authenticator(secret)
+        security = wove.NetworkExecutorSecurity.from_config(secret)
+        now = 1_000_000.0
+        monkeypatch.setattr(time, "time", lambda: now)
+
+        def try_it(headers: dict[str, str]) -> str:
+            try:
+                authenticator.verify(lambda name: [headers[name]], "/wove")
+            except PermissionError as exc:
+                return str(exc)
+            return "accepted"
+
+        first = security.headers_for(transport="websocket", target="/wove", body=b"")
+        assert try_it(first) == "accepted"
+        now += 29
+        assert "Replayed" in try_it(first)
+        now += 2
+        assert "clock differs by 31 s" in try_it(first)
+        for _ in range(100):
+            now += 1
+            headers = security.headers_for(transport="websocket", target="/wove", body=b"")
+            assert try_it(headers) == "accepted"
+        assert len(authenticator._nonces) == len(authenticator._expiry) <= 32
+
+    def test_a_web_page_cannot_use_a_service_without_security(self, worker: LoopbackWorker) -> None:
+        """Any page may connect to loopback ports: an Origin that is not of this machine is 403."""
+        with LoopbackWorker(security=False) as unprotected:
+            for origin in ("https://example.org", "null", "http://[", "file://"):
+                options: Any = {"origin": origin, "proxy": None}
+                with pytest.raises(InvalidStatus, match="403"), connect(unprotected.url, **options):
+                    pass
+            with connect(unprotected.url, origin="http://localhost:3000", proxy=None):
+                pass
+        with connect(worker.url, origin="https://example.org", additional_headers=signed(worker), proxy=None):
+            pass
+
     def test_another_path_is_404(self, worker: LoopbackWorker) -> None:
         """Only --path is served."""
         url = worker.url.removesuffix("/wove") + "/other"
@@ -1007,7 +1107,7 @@ class TestHandshake:
                             pass
                     right = {"Authorization": "Bearer " + "t" * 20}
                     with RawHost(service, headers=right) as host:
-                        host.run(lambda: os.getpid())
+                        host.run(os.getpid)
                         return host.result(), os.getpid()
 
                 inside, here = await asyncio.to_thread(use)

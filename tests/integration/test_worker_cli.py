@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -74,12 +77,9 @@ def one_line(text: str) -> str:
 
 
 @contextlib.contextmanager
-def busy(url: str, security: Any = None) -> Iterator[None]:
+def busy(url: str) -> Iterator[None]:
     """Have the worker execute a task that never ends."""
     from websockets.sync.client import connect
-
-    import base64
-    import json
 
     def stuck() -> None:
         import threading
@@ -215,10 +215,43 @@ class TestRefusals:
             (["--max-message-bytes", "12"], "max_message_bytes"),
         ],
     )
-    def test_wrong_usage(self, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_wrong_usage(self, arguments: list[str], text: str) -> None:
         """The last line on stderr says what is wrong; the exit code is 2."""
         done = run_command("worker", *arguments)
         assert done.returncode == 2 and text in done.stderr.splitlines()[-1]
+
+
+class TestTls:
+    """--tls-cert, --tls-key, --tls-client-ca."""
+
+    def test_client_certificates(self, tmp_path: Path) -> None:
+        """With --tls-client-ca only a host with a certificate of that CA is heard."""
+        import trustme
+        from websockets.exceptions import WebSocketException
+        from websockets.sync.client import connect
+
+        authority, stranger = trustme.CA(), trustme.CA()
+        server = authority.issue_cert("localhost", "127.0.0.1")
+        files = {name: str(tmp_path / name) for name in ("ca", "cert", "key")}
+        authority.cert_pem.write_to_path(files["ca"])
+        server.cert_chain_pems[0].write_to_path(files["cert"])
+        server.private_key_pem.write_to_path(files["key"])
+        tls = ["--tls-cert", files["cert"], "--tls-key", files["key"], "--tls-client-ca", files["ca"]]
+        with started("--host", "localhost", *tls) as process:
+            assert process.url.startswith("wss://localhost:")
+            for issuer, welcome in ((authority, True), (stranger, False), (None, False)):
+                context = ssl.create_default_context(cafile=files["ca"])
+                if issuer is not None:
+                    issuer.issue_cert("host@example.org").configure_cert(context)
+                try:
+                    with connect(process.url, ssl=context, proxy=None) as host:
+                        host.ping().wait(PATIENCE)
+                except (ssl.SSLError, ConnectionError, EOFError, WebSocketException):
+                    assert not welcome
+                else:
+                    assert welcome
+            process.terminate()
+            assert "Traceback" not in process.communicate(timeout=PATIENCE)[1]
 
 
 class TestStop:
@@ -280,10 +313,13 @@ class TestStop:
             parent.kill()
             end = time.monotonic() + PATIENCE
             pause = threading.Event()
-            with pytest.raises(ConnectionRefusedError):
-                while time.monotonic() < end:
+            while time.monotonic() < end:
+                try:
                     socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()
-                    pause.wait(0.05)
+                except ConnectionRefusedError:
+                    return
+                pause.wait(0.05)
+            pytest.fail("the worker outlived its parent")
 
 
 def add_one(value: int) -> int:
@@ -342,7 +378,7 @@ class TestLoopbackWorker:
 
     def test_a_start_that_fails_says_why(self) -> None:
         """RuntimeError with the last lines of the worker; no process is left."""
-        worker = LoopbackWorker(args=["--security", "env:WOVE_NOT_SET"])
+        worker = LoopbackWorker(security=False, args=["--security", "env:WOVE_NOT_SET"])
         with pytest.raises(RuntimeError, match="WOVE_NOT_SET"):
             worker.start()
         assert worker.pid is None

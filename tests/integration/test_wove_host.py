@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import cloudpickle
 import pytest
 import wove
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from wove.environment import EnvironmentExecutionError, WebSocketEnvironmentExecutor
 
 from wove_ws_sync.testing import LoopbackWorker
@@ -52,6 +53,21 @@ def renamed(function: Any) -> Any:
     return function
 
 
+@contextlib.asynccontextmanager
+async def executor(worker: LoopbackWorker) -> AsyncIterator[WebSocketEnvironmentExecutor]:
+    """Give Wove's own executor, started, without the weave around it."""
+    wire = WebSocketEnvironmentExecutor()
+    await wire.start(environment_name="far", environment_config=worker.config, run_config={})
+    try:
+        yield wire
+    finally:
+        await wire.stop()
+
+
+def run_task(function: Any, run_id: str, **args: Any) -> dict[str, Any]:
+    return {"type": "run_task", "run_id": run_id, "task_id": "t", "callable": function, "args": args}
+
+
 class Custom(ValueError):
     """A task's own exception type."""
 
@@ -84,7 +100,9 @@ class TestTasks:
 
         assert w.result.total == sum(n * n + n**3 for n in range(200))
 
-    @pytest.mark.parametrize("value", [None, "Grüße \N{SNOWMAN}\U0001f600\x00", b"\xff", {"k": (1, [2])}, 10**50])
+    @pytest.mark.parametrize(
+        "value", [None, "Grüße \N{SNOWMAN}\U0001f600\x00", b"\xff", {"k": (1, [2])}, 10**50]
+    )
     def test_values(self, value: Any) -> None:
         """None, unicode, bytes, containers, large numbers come back equal."""
         assert single(lambda: value) == value
@@ -179,32 +197,38 @@ class TestFailures:
         assert kind in payload["traceback"]
 
     def test_one_failure_of_many(self, worker: LoopbackWorker) -> None:
-        """A result over 1 MiB, an unpicklable one and an exception fail; 50 others of the weave arrive."""
+        """A result over 1 MiB, an unpicklable one and an exception fail; 50 others on the wire arrive."""
 
-        def task(item: int) -> Any:
+        def task(number: int) -> Any:
             import threading
 
-            if item == 10:
+            if number == 10:
                 return b"x" * 1_500_000
-            if item == 20:
+            if number == 20:
                 return threading.Lock()
-            if item == 30:
+            if number == 30:
                 raise Custom("thirty")
-            return item
+            return number
 
-        async def all_at_once() -> list[Any]:
-            async with wove.weave(error_mode="return") as w:
-                w.do(list(range(53)))(task)
-            return list(w.result.task)
+        async def exchange() -> dict[str, Any]:
+            async with executor(worker) as wire:
+                for number in range(53):
+                    await wire.send(run_task(task, f"r{number}", number=number))
+                ended: dict[str, Any] = {}
+                while len(ended) < 53:
+                    event = await wire.recv()
+                    if event["type"] in ("task_result", "task_error"):
+                        ended[event["run_id"]] = event
+            return ended
 
-        results = asyncio.run(all_at_once())
-        large, unpicklable, raised = results[10], results[20], results[30]
-        assert [r for n, r in enumerate(results) if n not in (10, 20, 30)] == [
-            n for n in range(53) if n not in (10, 20, 30)
-        ]
-        assert large.payload["kind"] == "ResultTooLarge" and "1048575" in str(large)
-        assert unpicklable.payload["source"] == "result"
-        assert type(raised).__name__ == "Custom"
+        ended = asyncio.run(asyncio.wait_for(exchange(), 60))
+        large, unpicklable, raised = (ended.pop(f"r{number}") for number in (10, 20, 30))
+        assert {run_id: event["result"] for run_id, event in ended.items()} == {
+            f"r{number}": number for number in range(53) if number not in (10, 20, 30)
+        }
+        assert large["error"]["kind"] == "ResultTooLarge" and "1048575" in large["error"]["message"]
+        assert unpicklable["error"]["source"] == "result"
+        assert type(raised["exception"]).__name__ == "Custom"
 
     def test_timeouts_cancel_the_run(self) -> None:
         """Wove's delivery_timeout reaches the coroutine as a cancellation; the connection lives on."""
@@ -219,12 +243,17 @@ class TestFailures:
         assert single(lambda: "next") == "next"
 
     def test_an_argument_over_the_workers_limit_ends_that_connection_only(self) -> None:
-        """1009 for the weave that sent it; the next weave dials again and works."""
+        """1009 for the connection that sent it; the next weave dials again and works."""
+
+        async def exchange() -> None:
+            async with executor(small) as wire:
+                await wire.send(run_task(len, "r", obj=b"x" * 200_000))
+                await wire.recv()
+
         with LoopbackWorker(max_message_bytes=100_000) as small:
+            with pytest.raises(ConnectionClosed, match="1009"):
+                asyncio.run(asyncio.wait_for(exchange(), 60))
             configure(small.config)
-            large = b"x" * 200_000
-            with pytest.raises(Exception, match="1009"):
-                single(lambda: len(large))
             assert single(lambda: "next") == "next"
 
 

@@ -149,14 +149,14 @@ def test_every_module_says_what_it_is_and_what_it_offers(name: str) -> None:
     assert ast.get_docstring(MODULES[name]), f"wove_ws_sync.{name} has no docstring"
     if name == "__main__":
         return  # nobody imports it
-    assigned = {
-        target.id
+    targets = [
+        target
         for node in MODULES[name].body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    assert "__all__" in assigned, f"wove_ws_sync.{name} has no __all__"
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    assert "__all__" in names, f"wove_ws_sync.{name} has no __all__"
 
 
 def test_no_place_is_kept_for_a_module_that_is_gone() -> None:

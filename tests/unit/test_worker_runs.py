@@ -77,9 +77,7 @@ def test_every_history_has_at_most_one_terminal_event(steps: list[Any]) -> None:
     for step in steps:
         if step == "start" and table.started(run):
             sent.append("start")
-        elif step == "end" and table.ended(run):
-            sent.append("end")
-        elif isinstance(step, tuple) and table.cancelled(run, *step):
+        elif table.ended(run) if step == "end" else isinstance(step, tuple) and table.cancelled(run, *step):
             sent.append("end")
     assert sent in ([], ["start"], ["end"], ["start", "end"])
     assert (run.state is RunState.ENDED) == ("end" in sent) == (table.get("r1") is None)
@@ -96,9 +94,7 @@ def test_clear_ends_every_run_without_an_event() -> None:
 def test_beats_are_due_at_their_interval_from_acceptance_until_the_end() -> None:
     """The first beat is one interval after acceptance, queued or running; the end stops them."""
     table, schedule = RunTable(), BeatSchedule()
-    fast, slow, never = (
-        accepted(table, run_id=str(beat), beat=beat) for beat in (1.0, 2.5, None)
-    )
+    fast, slow, never = (accepted(table, run_id=str(beat), beat=beat) for beat in (1.0, 2.5, None))
     for run in (fast, slow, never):
         schedule.add(run, 100.0)
     assert schedule.next_at() == 101.0
@@ -146,7 +142,9 @@ def test_a_run_task_is_read_with_a_third_of_its_heartbeat() -> None:
         )
     )
     assert read_back == RunTask("r", "t", "eA==", "YQ==", 1.0, "require_ack")
-    assert read(message(args_pickle=None, delivery=None)) == RunTask("r", "t", "eA==", None, None, "best_effort")
+    assert read(message(args_pickle=None, delivery=None)) == RunTask(
+        "r", "t", "eA==", None, None, "best_effort"
+    )
 
 
 @pytest.mark.parametrize("heartbeat", [1e-9, 0.02])
@@ -219,7 +217,9 @@ def test_what_is_not_json_is_invalid(text: bytes) -> None:
     assert len(str(caught.value)) < 100
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=8))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=8)
+)
 @settings(max_examples=200)
 def test_reading_never_raises_for_json(value: Any) -> None:
     """Any JSON value in any field gives a command or a reason."""
@@ -233,6 +233,8 @@ def test_reading_never_raises_for_json(value: Any) -> None:
 
 def test_cancel_and_shutdown_are_read() -> None:
     """An unknown cancel mode leaves the decision to the run's own."""
-    assert read(message(type="cancel_task", delivery_cancel_mode="require_ack")) == CancelTask("r", "require_ack")
+    assert read(message(type="cancel_task", delivery_cancel_mode="require_ack")) == CancelTask(
+        "r", "require_ack"
+    )
     assert read(message(type="cancel_task", delivery_cancel_mode="odd")) == CancelTask("r", None)
     assert read(message(type="shutdown", run_id=...)) == Shutdown()

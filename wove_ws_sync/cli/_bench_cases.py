@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import wove
 from .. import frames, payloads
 from ..aio import AsyncWebSocketEnvironmentExecutor
 from ..futures import WebSocketExecutor
+from ..options import DeliveryOptions
 from ..session import close_links
 from ..testing import LoopbackWorker
 
@@ -31,7 +33,7 @@ __all__ = ["CASES", "Case", "Contestant", "Ground", "Ratio"]
 
 _LOCAL, _WOVE, _OURS = "bench_local", "bench_wove", "bench_ours"
 _MIB = 1024 * 1024
-# What no healthy call takes; it ends a bench that hangs.
+# Seconds that no healthy call takes.
 _TIMEOUT = 60.0
 
 
@@ -54,8 +56,10 @@ class Ratio:
     at_most: bool
     over: str | None = None
 
-    def met(self, value: float) -> bool:
-        """Tell whether *value* reaches the goal."""
+    def met(self, value: float | None) -> bool | None:
+        """Tell whether *value* reaches the goal; None if there is no value to judge."""
+        if value is None:
+            return None
         return value <= self.goal if self.at_most else value >= self.goal
 
 
@@ -107,16 +111,16 @@ class Ground:
         with contextlib.ExitStack() as stack:
             self.worker = stack.enter_context(LoopbackWorker())
             stack.callback(close_links)
-            names = (_LOCAL, _WOVE, _OURS)
-            executors = ("local", wove.WebSocketEnvironmentExecutor(), AsyncWebSocketEnvironmentExecutor())
+            target = self.worker.config
             environments: Any = {
-                name: {"executor": executor, "executor_config": {} if executor == "local" else self.worker.config}
-                for name, executor in zip(names, executors, strict=True)
+                _LOCAL: {"executor": "local"},
+                _WOVE: {"executor": wove.WebSocketEnvironmentExecutor(), "executor_config": target},
+                _OURS: {"executor": AsyncWebSocketEnvironmentExecutor(), "executor_config": target},
             }
-            stack.callback(wove.config, environments=dict.fromkeys(names))
+            nothing_left: Any = dict.fromkeys(environments)
+            stack.callback(wove.config, environments=nothing_left)
             wove.config(environments=environments)
-            config = {**self.worker.config, "delivery_timeout": _TIMEOUT}
-            self.pool = stack.enter_context(WebSocketExecutor(**config))
+            self.pool = stack.enter_context(WebSocketExecutor(**target))
             self._stack = stack.pop_all()
         return self
 
@@ -129,7 +133,7 @@ class Ground:
         """Return a connection of websocket-client to an echo server in a process of its own."""
         command = [sys.executable, "-m", f"{__package__}._bench_echo"]
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        server = self._stack.enter_context(_server([*command], {**os.environ, "PYTHONPATH": paths}))
+        server = self._stack.enter_context(_server(command, {**os.environ, "PYTHONPATH": paths}))
         connection = websocket.create_connection(server, timeout=_TIMEOUT, skip_utf8_validation=True)
         self._stack.callback(connection.close)
         return connection
@@ -156,14 +160,16 @@ def _server(command: list[str], env: dict[str, str]) -> Iterator[str]:
             process.kill()
 
 
-def _mean(times: int, unit: float, call: Callable[[], Any]) -> Callable[[], float]:
-    """Return a sample: how long one *call* takes on average over *times*, in *unit* seconds."""
+def _median(times: int, unit: float, call: Callable[[], Any]) -> Callable[[], float]:
+    """Return a sample: the median time of one *call* among *times*, in *unit* seconds."""
 
     def sample() -> float:
-        begun = time.perf_counter()
+        taken = []
         for _ in range(times):
+            begun = time.perf_counter()
             call()
-        return (time.perf_counter() - begun) / times / unit
+            taken.append(time.perf_counter() - begun)
+        return statistics.median(taken) / unit
 
     return sample
 
@@ -182,7 +188,7 @@ def _rate(count: int, call: Callable[[], Sequence[Any]]) -> Callable[[], float]:
 def _weave(environment: str, task: Callable[..., Any], items: Any = None, **values: Any) -> Any:
     """Run one weave with one task in *environment*, and return its result."""
     with wove.weave(**values) as w:
-        w.do(items, environment=environment, delivery_timeout=_TIMEOUT)(task)
+        w.do(items, environment=environment)(task)
     return w.result.final
 
 
@@ -199,7 +205,7 @@ def weave(ground: Ground, quick: bool) -> Case:
     times = 5 if quick else 20
 
     def contestant(name: str, environment: str) -> Contestant:
-        return Contestant(name, _mean(times, 1e-3, lambda: _check(_weave(environment, noop), None)))
+        return Contestant(name, _median(times, 1e-3, lambda: _check(_weave(environment, noop), None)))
 
     return Case(
         "weave",
@@ -213,21 +219,24 @@ def weave(ground: Ground, quick: bool) -> Case:
 def roundtrip(ground: Ground, quick: bool) -> Case:
     """One submit and its result, against an echo of as many bytes."""
     times, connection, pool = 100 if quick else 500, ground.echo(), ground.pool
-    frame = {"type": "run_task", "run_id": f"noop:{'0' * 32}", "task_id": "noop"}
-    frame |= payloads.encode_frame({"callable": noop, "args": {}})
-    message = frames.encode({**frame, "delivery": {"delivery_timeout": _TIMEOUT}}).decode()
+    names = {"type": "run_task", "run_id": f"noop:{'0' * 32}", "task_id": "noop"}
+    pickles = payloads.encode_frame({"callable": noop, "args": {}})
+    message = frames.encode({**names, **pickles, "delivery": DeliveryOptions().as_frame({})}).decode()
 
     def echo() -> None:
         connection.send(message)
         _check(connection.recv(), message)
+
+    def submit() -> None:
+        _check(pool.submit(noop).result(_TIMEOUT), None)
 
     return Case(
         "roundtrip",
         f"one round trip of {len(message)} bytes",
         "µs",
         (
-            Contestant("echo", _mean(times, 1e-6, echo)),
-            Contestant("ours", _mean(times, 1e-6, lambda: _check(pool.submit(noop).result(_TIMEOUT), None))),
+            Contestant("echo", _median(times, 1e-6, echo)),
+            Contestant("ours", _median(times, 1e-6, submit)),
         ),
         (Ratio("submit().result() / bare echo", "ours", "echo", 3.0, at_most=True),),
     )
@@ -255,10 +264,10 @@ def large(ground: Ground, quick: bool) -> Case:
     blob, none = os.urandom(size), bytes(small)
 
     def argument(environment: str) -> Callable[[], float]:
-        return _mean(1, 1e-3, lambda: _check(_weave(environment, length, blob=blob), size))
+        return _median(1, 1e-3, lambda: _check(_weave(environment, length, blob=blob), size))
 
     def result(environment: str, wanted: int, times: int) -> Callable[[], float]:
-        return _mean(times, 1e-3, lambda: _check(len(_weave(environment, zeros, size=wanted)), wanted))
+        return _median(times, 1e-3, lambda: _check(len(_weave(environment, zeros, size=wanted)), wanted))
 
     contestants = (
         Contestant("argument 16 MiB, wove", argument(_WOVE)),

@@ -222,20 +222,18 @@ def _sum_up(good: Any, bad: Any, texts: list[str], say: Callable[[str], None]) -
         yield f"the mapped tasks returned {good.words!r}"
     if (good.slow, good.nap) != (3, "awake"):
         yield f"slow and nap returned {good.slow!r} and {good.nap!r}"
-    try:
-        yield f"price returned {bad.price!r} and should have failed"
-    except json.JSONDecodeError as exc:
-        last = _last_line(exc)
-        say(f"price raised {type(exc).__name__} here; on the worker its traceback ends: {last}")
-        if type(exc).__name__ not in last:
-            yield "the error came without the worker's traceback"
+    error = bad.exception
+    last = _last_line(error)
+    say(f"price raised {type(error).__name__} here; on the worker its traceback ends: {last}")
+    if not isinstance(error, json.JSONDecodeError) or type(error).__name__ not in last:
+        yield f"price ended with {error!r} and {last!r}"
     if "endless" not in bad.cancelled:
         yield "endless was not cancelled"
 
 
-def _last_line(exc: BaseException) -> str:
+def _last_line(exc: BaseException | None) -> str:
     """Return the last line of the worker's traceback, wherever the exception carries it."""
-    text = "\n".join([str(exc.__cause__ or ""), *getattr(exc, "__notes__", [])])
+    text = "\n".join([str(getattr(exc, "__cause__", "")), *getattr(exc, "__notes__", [])])
     lines = [line.strip() for line in text.splitlines() if line.strip(' "')]
     return lines[-1] if lines else ""
 

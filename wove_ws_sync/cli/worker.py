@@ -39,7 +39,7 @@ def register(subparsers: Any) -> None:
     add("--engine", type=_engine, default="threads", help="what runs the tasks: threads (the default)")
     add("--workers", type=_positive, metavar="N", help="tasks at once (default: CPUs + 4, at most 32)")
     add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
-        help="largest message accepted from a host (default: 256 MiB)")
+        help="largest message accepted from a host (default: 256 MiB)")  # fmt: skip
     add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
     add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
     add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
@@ -70,11 +70,7 @@ def _engine(text: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    _log_to_stderr(options.log_level.upper())
     if (options.tls_cert is None) != (options.tls_key is None):
         return _fail("--tls-cert and --tls-key go together.", 2)
     if options.tls_client_ca is not None and options.tls_cert is None:
@@ -82,16 +78,28 @@ def _run(options: argparse.Namespace) -> int:
     try:
         context = _ssl_context(options)
     except (OSError, ssl.SSLError) as exc:
-        return _fail(f"the certificate files cannot be used: {_reason(exc)}.", 1)
+        files = [options.tls_cert, options.tls_key, options.tls_client_ca]
+        named = ", ".join(str(file) for file in files if file is not None)
+        return _fail(f"the certificate files {named} cannot be used: {_reason(exc)}.", 1)
     code, clean = asyncio.run(_serve(options, context))
     if not clean or not _threads_ended():
-        logging.getLogger("wove_ws_sync.worker").warning("A task still runs in its thread; leaving without it.")
+        logging.getLogger("wove_ws_sync.worker").warning("A task still runs in its thread; leaving it.")
         logging.shutdown()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _log_to_stderr(level: str) -> None:
+    """Give the service a handler apart from that of the tasks, whose records run user code in its lock."""
+    for logger in (logging.getLogger(), own := logging.getLogger("wove_ws_sync")):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(level)
+    own.propagate = False
 
 
 async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) -> tuple[int, bool]:

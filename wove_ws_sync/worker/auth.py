@@ -7,16 +7,18 @@ nonces, the rule where a service may listen. Never: sees a frame, logs a secret.
 from __future__ import annotations
 
 import heapq
-import ipaddress
 import math
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import wove
 
-__all__ = ["Authenticator", "check_listening", "is_loopback"]
+from ..security import is_local_host
+
+__all__ = ["MIN_SECRET_BYTES", "Authenticator", "check_listening", "is_foreign_page"]
 
 _SIGNED = ("X-Wove-Key", "X-Wove-Timestamp", "X-Wove-Nonce", "X-Wove-Signature")
 _TIMESTAMP_DIGITS = 15
@@ -101,26 +103,30 @@ class Authenticator:
             if nonce in self._nonces:
                 raise PermissionError("Replayed Wove network executor signature.")
             if len(self._nonces) >= _MAX_NONCES:
-                raise PermissionError("Too many handshakes within the clock skew; a replay could not be told.")
+                raise PermissionError("Too many handshakes within the clock skew.")
             self._nonces.add(nonce)
             heapq.heappush(self._expiry, (timestamp + self._security.clock_skew_seconds, nonce))
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether *host* is the exact name ``localhost`` or a loopback address."""
-    if host.lower() == "localhost":
-        return True
+def is_foreign_page(origins: Sequence[str]) -> bool:
+    """Tell whether a browser makes this request for a page that is not of this machine.
+
+    Browsers let any page connect anywhere and always send Origin; on a service without
+    authentication such a page could run code. Hosts need not send it.
+    """
+    return any(not is_local_host(_hostname(origin)) for origin in origins)
+
+
+def _hostname(origin: str) -> str:
     try:
-        address = ipaddress.ip_address(host)
+        return urllib.parse.urlsplit(origin).hostname or ""
     except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
+        return ""
 
 
 def check_listening(host: str, *, tls: bool, authenticated: bool, insecure: bool) -> None:
     """Raise ValueError if a service on *host* could be used by strangers of other machines."""
-    if insecure or is_loopback(host) or (tls and authenticated):
+    if insecure or is_local_host(host) or (tls and authenticated):
         return
     missing = [name for name, there in (("TLS", tls), ("security", authenticated)) if not there]
     raise ValueError(

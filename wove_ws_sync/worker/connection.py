@@ -62,7 +62,7 @@ class Outbox:
 
     def _drain(self) -> None:
         self._awake = False
-        while self._items:
+        for _ in range(len(self._items)):  # not until it is empty: a flood must not hold the loop
             run, kind, event = self._items.popleft()
             run.owner.happened(run, kind, event)
 
@@ -154,9 +154,7 @@ class HostConnection:
         except RuntimeError as exc:  # no more threads, or the service is stopping
             run.job.abandoned = True
             error = plain_error(type(exc).__name__, f"The worker cannot take the run: {exc}.", "executor")
-            self.happened(
-                run, "ended", error_event(run.run_id, run.task_id, {**error, "retryable": True})
-            )
+            self.happened(run, "ended", error_event(run.run_id, run.task_id, {**error, "retryable": True}))
 
     def _malformed(self, command: MalformedRun) -> None:
         self._counters["malformed_run"] += 1

@@ -182,9 +182,11 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         else:
             break
     try:
-        for task in asyncio.all_tasks(loop):
+        for task in (left := asyncio.all_tasks(loop)):
             task.cancel()
-        loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), 0.5))
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=0.2))
+        loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), 0.2))
     except BaseException:
         _logger.debug("The task loop did not end in order.", exc_info=True)
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["TaskLogHandler", "install", "log_sink", "uninstall"]
 
 #: Takes the fields of one log event of the run whose code is executing; None outside of tasks.
-log_sink: ContextVar[Callable[[Mapping[str, Any]], None] | None] = ContextVar("wove_ws_log_sink", default=None)
+log_sink: ContextVar[Callable[[Mapping[str, Any]], None] | None] = ContextVar("log_sink", default=None)
 
 _MAX_TEXT = 16 * 1024
 _OWN = ("wove_ws_sync", "websockets")
@@ -28,19 +28,25 @@ _users = 0
 class TaskLogHandler(logging.Handler):
     """Hand every record that a task emits to that task's run. Runs in the task's thread."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Pass *record* on if a task emitted it; its text is bounded to 16 Ki characters."""
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Emit without the handler's lock: formatting runs user code, which may block for long."""
         sink = log_sink.get()
-        if sink is None or record.name.partition(".")[0] in _OWN:
-            return
-        sink(
-            {
-                "level": str(record.levelname),
-                "logger": str(record.name)[:256],
-                "message": _text(record),
-                "created": record.created,
-            }
-        )
+        if sink is not None and record.name.partition(".")[0] not in _OWN:
+            try:
+                sink(_fields(record))
+            except Exception:
+                self.handleError(record)
+        return True
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what travels of *record*; its text is bounded to 16 Ki characters."""
+    return {
+        "level": str(record.levelname),
+        "logger": str(record.name)[:256],
+        "message": _text(record),
+        "created": record.created,
+    }
 
 
 def _text(record: logging.LogRecord) -> str:

@@ -20,8 +20,9 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from .. import payloads
+from ..security import is_local_host
 from . import logs
-from .auth import MIN_SECRET_BYTES, Authenticator, check_listening, is_loopback
+from .auth import MIN_SECRET_BYTES, Authenticator, check_listening, is_foreign_page
 from .connection import HostConnection, Outbox
 from .engines import Engine, make_engine
 from .runs import BeatSchedule, Run
@@ -74,7 +75,8 @@ class WorkerService:
         if not 0 <= port <= 65535:
             raise ValueError(f"port must be from 0 to 65535, not {port}.")
         if max_message_bytes < _SMALLEST_LIMIT:
-            raise ValueError(f"max_message_bytes must be at least {_SMALLEST_LIMIT}, not {max_message_bytes}.")
+            least = f"at least {_SMALLEST_LIMIT}"
+            raise ValueError(f"max_message_bytes must be {least}, not {max_message_bytes}.")
         self._auth = Authenticator(security)
         authenticated = self._auth.mode != "none"
         check_listening(host, tls=ssl_context is not None, authenticated=authenticated, insecure=insecure)
@@ -114,7 +116,9 @@ class WorkerService:
         await self.stop()
 
     async def start(self) -> None:
-        """Listen. Raises OSError if the address cannot be had. A service starts once."""
+        """Listen. Raises OSError if the address cannot be had, RuntimeError when called again."""
+        if self._outbox is not None:
+            raise RuntimeError("A WorkerService starts once; make another one.")
         loop = asyncio.get_running_loop()
         self._outbox = Outbox(loop)
         self._beats = _BeatTimer(loop)
@@ -136,9 +140,14 @@ class WorkerService:
             ssl=self._ssl_context,
         )
         addresses = [sock.getsockname() for sock in server.sockets]
-        if is_loopback(self._host) and not self._insecure and not all(is_loopback(a[0]) for a in addresses):
+        if (
+            is_local_host(self._host)
+            and not self._insecure
+            and not all(is_local_host(a[0]) for a in addresses)
+        ):
             server.close()  # a hosts file can give the name localhost to any address
-            raise ValueError(f"{self._host!r} is not a loopback address on this machine; listen on 127.0.0.1.")
+            await server.wait_closed()
+            raise ValueError(f"{self._host!r} is no loopback address on this machine; listen on 127.0.0.1.")
         self._port = addresses[0][1]
         self._server = server
         logs.install()
@@ -147,7 +156,7 @@ class WorkerService:
 
     def _warn(self) -> None:
         if self._auth.mode == "none":
-            who = "user of this machine" if is_loopback(self._host) else "machine that reaches this port"
+            who = "user of this machine" if is_local_host(self._host) else "machine that reaches this port"
             _logger.warning("No security is configured: every %s can run code here.", who)
         if self._auth.weak:
             _logger.warning("The secret is shorter than %d bytes and may be guessed.", MIN_SECRET_BYTES)
@@ -190,6 +199,11 @@ class WorkerService:
             self.counters["wrong_path"] += 1
             _logger.info("Refused %s with 404: it asked for another path.", peer)
             return connection.respond(404, "404 Not Found\n")
+        if self._auth.mode == "none" and not self._insecure:
+            if is_foreign_page(request.headers.get_all("Origin")):
+                self.counters["foreign_page"] += 1
+                _logger.warning("Refused %s with 403: a web page must not run code here.", peer)
+                return connection.respond(403, "403 Forbidden\n")
         try:
             self._auth.verify(request.headers.get_all, request.path)
         except PermissionError as exc:
