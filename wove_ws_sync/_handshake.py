@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import websocket
 
@@ -23,7 +23,7 @@ from ._wire import NotHTTP, Wire
 from .errors import AuthenticationRejected, HandshakeRejected
 from .options import LinkOptions, check_header
 
-__all__ = ["upgrade"]
+__all__ = ["Answer", "upgrade"]
 
 _ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _MAX_RETRY_AFTER = 60.0
@@ -35,8 +35,17 @@ _REMEDIES = {
 }
 
 
-def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Mapping[str, str]:
-    """Do the opening handshake; return the response's headers, names in lower case.
+class Answer(NamedTuple):
+    """What the worker service said of itself: the extensions it agreed to (None if it does not know
+    of any) and the largest message it accepts (None if it did not say).
+    """
+
+    features: frozenset[str] | None
+    max_message_bytes: int | None
+
+
+def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Answer:
+    """Do the opening handshake.
 
     Raises HandshakeRejected for every answer but a valid upgrade, and what the wire raises.
     """
@@ -60,7 +69,18 @@ def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Map
     except websocket.WebSocketException:
         # The library's own text may hold headers.
         raise seam.invalid("the upgrade headers are missing or wrong") from None
-    return seam.response
+    limit = seam.response.get("x-wove-max-message", "")
+    readable = limit.isascii() and limit.isdigit() and len(limit) < 20
+    return Answer(_features(seam.response.get("x-wove-sync", "")), int(limit) if readable else None)
+
+
+def _features(answer: str) -> frozenset[str] | None:
+    version, _, parameters = answer.partition(";")
+    if version.strip() != "1":
+        return None
+    name, _, value = parameters.partition("=")
+    listed = value.split(",") if name.strip() == "f" else []
+    return frozenset(item.strip() for item in listed if item.strip())
 
 
 def _host_header(options: LinkOptions) -> str:

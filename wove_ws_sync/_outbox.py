@@ -24,31 +24,39 @@ _BATCH_BYTES = 64 * 1024
 
 
 class Parcel:
-    """One outgoing message. ``started``: a byte of it may have left; ``sent``: all of it may have.
+    """One outgoing message, and how far it got: not ``started``, ``started``, ``sent``.
 
-    ``sent_at`` is the moment its last byte went to the kernel, None before; from then on
-    ``data`` is empty.
+    ``started`` says that a byte of it may have left; ``sent_at`` is the moment its last byte was in
+    the kernel, None before. ``data`` is empty once the wire has all of it.
     """
 
-    __slots__ = ("data", "sent_at", "size", "started")
+    __slots__ = ("at_risk", "data", "sent_at", "size", "started")
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.size = len(data)
         self.started = False
         self.sent_at: float | None = None
+        # Set while the system call runs that may take its last byte, and for good if that was
+        # interrupted: whether it was taken is not known then.
+        self.at_risk = False
 
     @property
     def sent(self) -> bool:
-        """Tell whether the last byte is in the kernel, or may be after an exception struck."""
+        """Tell whether the last byte is in the kernel."""
         return self.sent_at is not None
+
+    @property
+    def maybe_sent(self) -> bool:
+        """Tell whether the peer may have seen all of it. False is certain, whoever asks and when."""
+        return self.at_risk or self.sent_at is not None
 
 
 class Outbox:
     """Order what a connection sends: control frames first, between fragments too, then messages.
 
-    Any thread puts in; only the holder of the link's write lock calls :meth:`next_chunk` and
-    :meth:`settle`.
+    Any thread puts in. The holder of the link's write lock takes out: :meth:`next_chunk`, then
+    :meth:`expose` and :meth:`settle` around each attempt to send it.
     """
 
     def __init__(self) -> None:
@@ -60,10 +68,11 @@ class Outbox:
         # one dict operation at a time.
         self._control: dict[int, bytes] = {}
         self._goodbye: bytes | None = None
-        # Write lock only: the message being cut into fragments; those whose end was handed out.
+        # Write lock only: the message being cut into fragments, and those whose end is in the
+        # chunk handed out last, with the place of that end in it.
         self._current: Parcel | None = None
         self._offset = 0
-        self._leaving: list[Parcel] = []
+        self._leaving: list[tuple[int, Parcel]] = []
         self._closed = False
 
     def post(self, data: bytes) -> Parcel:
@@ -103,14 +112,19 @@ class Outbox:
 
     def next_chunk(self) -> bytes | bytearray:
         """Return the next bytes to send, empty for none; nothing follows a close frame."""
-        chunk = bytearray()
+        chunk: bytes | bytearray = bytearray()
         while len(chunk) < _BATCH_BYTES and not self._closed:
             piece = self._next_frame()
             if not piece:
                 break
             if not chunk and len(piece) >= _BATCH_BYTES:
-                return piece  # as it is: no copy of a large fragment
-            chunk += piece
+                chunk = piece  # as it is: no copy of a large fragment
+            else:
+                chunk += piece
+            parcel = self._current
+            if parcel is not None and self._offset >= parcel.size:
+                self._leaving.append((len(chunk), parcel))
+                parcel.data, self._current = b"", None
         return chunk
 
     def _next_frame(self) -> bytes | bytearray:
@@ -133,18 +147,24 @@ class Outbox:
     def _next_fragment(self, parcel: Parcel) -> bytes | bytearray:
         parcel.started = True
         start, self._offset = self._offset, self._offset + _FRAGMENT_BYTES
-        last = self._offset >= parcel.size
         payload = memoryview(parcel.data)[start : self._offset]
-        if last:
-            parcel.data, self._current = b"", None
-            self._leaving.append(parcel)
-        return format_frame(ABNF.OPCODE_CONT if start else ABNF.OPCODE_TEXT, payload, fin=last)
+        opcode = ABNF.OPCODE_CONT if start else ABNF.OPCODE_TEXT
+        return format_frame(opcode, payload, fin=self._offset >= parcel.size)
 
-    def settle(self, now: float) -> None:
-        """Note that all that was handed out is in the kernel, or may be."""
-        leaving, self._leaving = self._leaving, []
-        for parcel in leaving:
+    def expose(self) -> None:
+        """Note that the chunk is about to be offered to the kernel."""
+        for _, parcel in self._leaving:
+            parcel.at_risk = True
+
+    def settle(self, accepted: int, now: float) -> None:
+        """Note that the kernel has taken the first *accepted* bytes of the chunk, and no more."""
+        if not self._leaving:
+            return
+        sent = [parcel for end, parcel in self._leaving if end <= accepted]
+        self._leaving = [(end, parcel) for end, parcel in self._leaving if end > accepted]
+        for parcel in sent:
             parcel.sent_at = now
-        if leaving:
-            with self._lock:
-                self.queued_bytes -= sum(parcel.size for parcel in leaving)
+        for _, parcel in self._leaving:
+            parcel.at_risk = False
+        with self._lock:
+            self.queued_bytes -= sum(parcel.size for parcel in sent)

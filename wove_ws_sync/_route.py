@@ -117,7 +117,7 @@ def _connect_any(addresses: _Addresses, deadline: Deadline, clock: Clock) -> soc
 
     Each address gets its share of the time left, so that a silent one leaves time for the next.
     """
-    error: OSError = OSError("the name has no address")
+    error: OSError = socket.gaierror(socket.EAI_NONAME, "the name has no address")
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
         remaining = deadline.remaining(clock.monotonic())
         if remaining == 0.0:

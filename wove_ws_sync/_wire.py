@@ -70,8 +70,10 @@ class Wire:
         self._waiting = False
         self._inside = False
         self._window_start = self._window_bytes = 0.0
-        # Write lock only: bytes the kernel did not take yet; they leave before any other.
+        # Write lock only: bytes the kernel did not take yet, which leave before any other, and how
+        # many of the same push() it took. Encrypted bytes are never fewer than plain ones.
         self._tail = _EMPTY
+        self.accepted = 0
         # TLS: _tls_lock is held around each call into the three objects and nothing else.
         self._tls_lock = threading.Lock()
         self._tls: ssl.SSLObject | None = None
@@ -145,11 +147,13 @@ class Wire:
         while True:
             with self._tls_lock:
                 try:
-                    # Replies that a read causes (KeyUpdate) stay in _outbound for the next writer.
-                    return cast("int", self._tls.read(min(len(target), _BUFFER_BYTES), target))
+                    # Asked first, as it costs less than the exception. Replies that a read causes
+                    # (KeyUpdate) stay in _outbound for the next writer.
+                    if self._inbound.pending or self._tls.pending():
+                        return cast("int", self._tls.read(min(len(target), _BUFFER_BYTES), target))
                 except ssl.SSLWantReadError:
                     pass
-                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                except ssl.SSLZeroReturnError:
                     raise EndOfStream("the peer closed the connection") from None
             count = self._receive(self._cipher)
             with self._tls_lock:
@@ -200,6 +204,7 @@ class Wire:
 
     def push(self, data: bytes | bytearray) -> None:
         """Take *data* over for sending; only when nothing is pending."""
+        self.accepted = 0
         if self._tls is None:
             self._tail = memoryview(data)
             return
@@ -218,6 +223,7 @@ class Wire:
             except BlockingIOError:
                 return False
             self._tail = self._tail[count:]
+            self.accepted += count
         return True
 
     def wait_writable(self, timeout: float | None) -> None:
@@ -294,8 +300,9 @@ class Wire:
 
 def _poll(raw: socket.socket, event: int) -> select.poll:
     poller = select.poll()
-    if raw.fileno() >= 0:
-        poller.register(raw, event)
+    descriptor = raw.fileno()
+    if descriptor >= 0:
+        poller.register(descriptor, event)
     return poller
 
 

@@ -134,6 +134,11 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
     def __init__(self) -> None:
         self._groups: list[_Group] = []
 
+    def __del__(self) -> None:
+        # A weave that failed while its other environments started never calls stop().
+        for group in getattr(self, "_groups", ()):
+            group.session.drop()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> AsyncWebSocketEnvironmentExecutor:
         return self
 
@@ -193,12 +198,15 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         """Return the next event frame, decoded in the loop's thread."""
         _, inbox = self._here()
         event = payloads.decode_event(await inbox.get())
-        error = event.get("exception")
+        if event["type"] != "task_error":
+            return event
+        error = event["exception"]
         if isinstance(error, DeliveryTimeout):
             # Wove takes any TimeoutError for the end of the task's own timeout and cancels.
             event["exception"] = wove.DeliveryTimeoutError(str(error))
-        elif error is not None and isinstance(error.__cause__, payloads.RemoteTraceback):
-            error.add_note(str(error.__cause__))  # Wove raises it "from None", which drops the cause
+        elif isinstance(error.__cause__, payloads.RemoteTraceback):
+            with contextlib.suppress(Exception):  # an exception may refuse attributes: a frozen dataclass, say
+                error.add_note(str(error.__cause__))  # Wove raises it "from None", which drops the cause
         return event
 
     async def stop(self) -> None:

@@ -22,8 +22,9 @@ class Connection:
     attributes, which belong to the link's two threads.
     """
 
-    def __init__(self, generation: int, clock: Clock) -> None:
+    def __init__(self, generation: int, clock: Clock, dial_at: float) -> None:
         self.generation = generation
+        self.dial_at: float | None = dial_at
         self.waker = Waker()
         self.transport: Transport | None = None
         self.error: BaseException | None = None
@@ -148,6 +149,6 @@ class Connection:
 
     def abandon_after_fork(self) -> None:
         """Close the inherited descriptors in a forked child; takes no lock, says nothing."""
-        self.waker.close()
+        self.waker.close_after_fork()
         if self.transport is not None:
             self.transport.detach_after_fork()

@@ -21,6 +21,7 @@ __all__ = [
     "InvalidMessage",
     "decode",
     "encode",
+    "with_attempt",
 ]
 
 COMMANDS = frozenset({"run_task", "cancel_task", "shutdown"})
@@ -92,6 +93,11 @@ def encode(frame: Mapping[str, Any]) -> bytes:
         pieces += [comma, json.dumps(key).encode("utf-8"), b':"', value, b'"']
     pieces.append(b"}")
     return b"".join(pieces)
+
+
+def with_attempt(message: bytes, attempt: int) -> bytes:
+    """Return an encoded ``run_task`` that says which delivery it is; the first one does not."""
+    return message if attempt == 1 else b'%b,"attempt":%d}' % (message[:-1], attempt)
 
 
 def decode(message: bytes | bytearray | memoryview) -> Decoded:

@@ -23,7 +23,7 @@ from uuid import uuid4
 
 from wove.runtime import runtime
 
-from . import payloads, security
+from . import _fork, payloads, security
 from .errors import DeliveryCancelled, ExecutorClosed, ForkedError
 from .options import DeliveryOptions, LinkOptions
 from .session import Session, open_session
@@ -72,7 +72,7 @@ class RunFuture(concurrent.futures.Future[_T]):
         self._check_process()
         if not self.done() and self._session is not None:
             self._session.cancel(self.run_id)
-            if not self._session.link.in_own_thread():
+            if not self._in_links_thread():
                 concurrent.futures.wait([self])
         return self.cancelled()
 
@@ -93,25 +93,57 @@ class RunFuture(concurrent.futures.Future[_T]):
 
     def _decode(self, timeout: float | None) -> None:
         self._check_process()
+        if not self.done() and self._in_links_thread():
+            raise RuntimeError(
+                f"Run '{self.run_id}' has not ended, and waiting for it in a done-callback would keep its "
+                "result from arriving; wait in a thread of your own."
+            )
+        ends_at = None if timeout is None else time.monotonic() + timeout
         try:
             super().exception(timeout)
         except concurrent.futures.CancelledError:
             raise DeliveryCancelled(
                 f"Run '{self.run_id}' was cancelled.", run_id=self.run_id, acknowledged=self._acknowledged
             ) from None
-        with self._decoding:
-            if self._event is None:
-                return
-            decoded = payloads.decode_event(self._event)
-            if decoded["type"] == "task_error":
-                self._exception = decoded["exception"]
-            else:
-                self._result = decoded["result"]
-            self._event = None
+        if self._event is None:
+            return
+        # Another thread may be unpickling: this one keeps its own deadline.
+        remaining = -1 if ends_at is None else min(max(0.0, ends_at - time.monotonic()), threading.TIMEOUT_MAX)
+        if not self._decoding.acquire(timeout=remaining):
+            raise TimeoutError
+        try:
+            self._load()
+        finally:
+            self._decoding.release()
+
+    def _load(self) -> None:
+        """Unpickle what the run brought, unless that is done. Hold ``_decoding``."""
+        if self._event is None:
+            return
+        decoded = payloads.decode_event(self._event)
+        if decoded["type"] == "task_error":
+            self._exception = decoded["exception"]
+        else:
+            self._result = decoded["result"]
+        self._event = None
+
+    def _in_links_thread(self) -> bool:
+        return self._session is not None and self._session.link.in_own_thread()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
-            raise ForkedError(f"Run '{self.run_id}' belongs to the parent of this forked process.")
+            raise self._forked()
+
+    def _forked(self) -> ForkedError:
+        return ForkedError(f"Run '{self.run_id}' belongs to the parent of this forked process.")
+
+    def abandon_after_fork(self) -> None:
+        """Fail in a forked child, where no result will come; takes no lock of the parent's, calls nobody."""
+        self._condition = threading.Condition()
+        self._waiters = []
+        self._done_callbacks: list[Any] = []
+        if not self.done():
+            self.set_exception(self._forked())
 
     def _on_event(self, event: dict[str, Any]) -> None:
         """Take one event frame: the run's sink."""
@@ -140,17 +172,30 @@ class _Core:
         self.session: Session | None = None
         self.pending: set[RunFuture[Any]] = set()
         self.closed = False
+        _fork.forget_in_child(self)
+
+    def __repr__(self) -> str:
+        where = self.session.link if self.session else f"{self.options.host}:{self.options.port}"
+        return f"<WebSocketExecutor {where} pending={len(self.pending)}>"
+
+    def abandon_after_fork(self) -> None:
+        """Start anew in a forked child: its first submit opens a session of its own."""
+        self.lock = threading.Lock()
+        self.session = None
+        pending, self.pending = self.pending, set()
+        for future in pending:
+            future.abandon_after_fork()
 
     def submit(self, future: RunFuture[Any], fn: Any, kwargs: dict[str, Any], delivery: DeliveryOptions) -> None:
-        with self.lock:
-            if self.closed:
-                raise ExecutorClosed("cannot schedule new futures after shutdown")
-            if self.session is None or self.session.foreign:
-                self.session = open_session(self.options, self.environment)
-                self.pending = set()
-            session = self.session
-            self.pending.add(future)
+        session: Session | None = None
         try:
+            with self.lock:
+                if self.closed:
+                    raise ExecutorClosed("cannot schedule new futures after shutdown")
+                if self.session is None:
+                    self.session = open_session(self.options, self.environment)
+                future._session = session = self.session
+                self.pending.add(future)
             command = {
                 "type": "run_task",
                 "run_id": future.run_id,
@@ -158,14 +203,16 @@ class _Core:
                 **payloads.encode_frame({"callable": fn, "args": kwargs}),
                 "delivery": delivery.as_frame(kwargs),
             }
-            future._session = session
             session.submit(command, delivery, future._on_event)
         except Exception as exc:
+            if session is None:
+                raise
             self.ended(future)
             if not future.done():
                 future.set_exception(exc)
-        except BaseException:
-            session.cancel(future.run_id)
+        except BaseException:  # Ctrl-C: nobody will hold the future
+            if session is not None:
+                session.cancel(future.run_id)
             self.ended(future)
             raise
 
@@ -191,6 +238,19 @@ class _Core:
             session.close()
 
 
+class _Owner:
+    """What an executor and its views hold together: nobody uses the session once it is collected."""
+
+    def __init__(self, core: _Core) -> None:
+        self.core = core
+
+    def __del__(self) -> None:
+        session = self.core.session
+        if session is not None and not self.core.closed and not session.foreign:
+            session.drop()
+            warnings.warn(f"unclosed {self.core!r}; use it in a with statement", ResourceWarning, source=self)
+
+
 class WebSocketExecutor(concurrent.futures.Executor):
     """Run functions on a worker service: ``submit``, ``map`` and ``shutdown`` of the standard library.
 
@@ -213,26 +273,15 @@ class WebSocketExecutor(concurrent.futures.Executor):
             config["url"] = url
         self._delivery = DeliveryOptions(**{key: value for key, value in delivery.items() if value is not None})
         self._core = _Core(security.link_options(config), environment or "")
-        self._is_view = False  # last: until here there is nothing to close
+        self._owner = _Owner(self._core)
 
     def __repr__(self) -> str:
-        session = self._core.session
-        where = session.link if session else f"{self._core.options.host}:{self._core.options.port}"
-        return f"<{type(self).__name__} {where} pending={len(self._core.pending)}>"
-
-    def __del__(self) -> None:
-        if getattr(self, "_is_view", True) or self._core.closed:
-            return
-        session = self._core.session
-        if session is not None and not session.foreign:
-            session.drop()
-            warnings.warn(f"unclosed {self!r}; use it in a with statement", ResourceWarning, source=self)
+        return repr(self._core)
 
     def with_options(self, **delivery: Any) -> WebSocketExecutor:
         """Return a view of this executor with other ``delivery_*`` settings, on the same link."""
         view = object.__new__(type(self))
-        view._is_view = True
-        view._core = self._core
+        view._core, view._owner = self._core, self._owner
         view._delivery = self._delivery.replace(**delivery)
         return view
 
@@ -282,8 +331,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
         """Submit now, yield later; what is yielded is forgotten here."""
         futures = deque(self.submit(fn, *item) for item in itertools.islice(items, ahead))
         # The iterator must not keep a forgotten executor alive.
-        executor = weakref.ref(self if not self._is_view else self._core)
-        submit = functools.partial(_submit_more, executor, self._delivery, fn)
+        submit = functools.partial(_submit_more, weakref.ref(self._owner), self._delivery, fn)
 
         def results() -> Iterator[Any]:
             try:
@@ -298,13 +346,16 @@ class WebSocketExecutor(concurrent.futures.Executor):
         return results()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more work; wait for what is on its way, or cancel what has not started. Idempotent."""
+        """Take no more work; wait for what is on its way, or cancel what has not started. Idempotent.
+
+        Called in a done-callback it does not wait, as nothing could arrive meanwhile.
+        """
         pending = self._core.shut()
         if cancel_futures:
             for future in pending:
                 if not future.running():
                     future.cancel()
-        if wait:
+        if wait and not any(future._in_links_thread() for future in pending):
             concurrent.futures.wait(pending)
 
 
@@ -313,14 +364,13 @@ def _new_run_id(fn: Any) -> str:
 
 
 def _submit_more(
-    owner: Callable[[], Any], delivery: DeliveryOptions, fn: Callable[..., Any], item: tuple[Any, ...]
+    owned: Callable[[], _Owner | None], delivery: DeliveryOptions, fn: Callable[..., Any], item: tuple[Any, ...]
 ) -> RunFuture[Any]:
-    executor = owner()
-    if executor is None:
+    owner = owned()
+    if owner is None:
         raise ExecutorClosed("cannot schedule new futures after the executor was dropped")
-    core = executor if isinstance(executor, _Core) else executor._core
-    future: RunFuture[Any] = RunFuture(_new_run_id(fn), core)
-    core.submit(future, functools.partial(fn, *item), {}, delivery)
+    future: RunFuture[Any] = RunFuture(_new_run_id(fn), owner.core)
+    owner.core.submit(future, functools.partial(fn, *item), {}, delivery)
     return future
 
 

@@ -15,6 +15,8 @@ import enum
 import itertools
 import logging
 import os
+import random
+import ssl
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
@@ -26,7 +28,7 @@ from .connection import Connection
 from .errors import ExecutorClosed, HandshakeRejected
 from .options import LinkOptions
 from .runs import CancelAtWorker, Deliver, Effect, Run, RunTable
-from .timing import Clock, Deadline
+from .timing import Backoff, Clock, Deadline
 from .transport import Parcel, Transport, TransportClosed, dial
 
 __all__ = ["Dial", "Link", "LinkState", "too_large"]
@@ -36,6 +38,8 @@ Dial = Callable[..., Transport]
 _log = logging.getLogger("wove_ws_sync.host")
 _task_log = logging.getLogger("wove_ws_sync.task")
 _numbers = itertools.count(1)
+# In a reader or watchdog thread: whose it is.
+_running = threading.local()
 
 # How often and how many times the watchdog looks again before it judges while the reader
 # still has bytes to read: a process that was suspended reads first and judges then.
@@ -64,7 +68,14 @@ class Link:
     again. ``repr()`` shows state, runs in flight and generation.
     """
 
-    def __init__(self, options: LinkOptions, *, dial: Dial = dial, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        options: LinkOptions,
+        *,
+        dial: Dial = dial,
+        clock: Clock | None = None,
+        spread: Callable[[], float] = lambda: random.uniform(-1.0, 1.0),
+    ) -> None:
         self.options = options
         self.pid = os.getpid()
         # Sessions whose executors were collected, for the watchdog: a finalizer may take no lock.
@@ -84,6 +95,10 @@ class Link:
         self._connection: Connection | None = None
         self._last_connection: Connection | None = None
         self._generation = 0
+        self._spread = spread
+        # Dials in a row that brought nothing, and since when there is no connection.
+        self._failures = 0
+        self._lost_at: float | None = None
         self._idle_since = self._clock.monotonic()
 
     def __repr__(self) -> str:
@@ -101,7 +116,8 @@ class Link:
         """Return counters since the link was made: dials, losses, events, dropped_<reason>, and runs now."""
         with self._state_lock:
             dropped = {f"dropped_{reason}": count for reason, count in self._table.dropped.items()}
-            return {**self._counts, **dropped, "runs": len(self._table), "sessions": len(self._sessions)}
+            counts = {**self._counts, "requeues": self._table.requeues}
+            return {**counts, **dropped, "runs": len(self._table), "sessions": len(self._sessions)}
 
     # -- sessions ----------------------------------------------------------------
 
@@ -187,7 +203,7 @@ class Link:
         """
         connection = self._start()
         with self._changed:
-            while self._connection is connection and self._state is LinkState.DIALING:
+            while self._connection is connection and self._state in (LinkState.DIALING, LinkState.BACKOFF):
                 remaining = deadline.remaining(self._clock.monotonic())
                 if remaining == 0.0:
                     raise TimeoutError("timed out during opening handshake")
@@ -228,33 +244,54 @@ class Link:
     # -- starting ----------------------------------------------------------------
 
     def _start(self) -> Connection:
-        """Return the present connection, a new one that dials if there is none."""
+        """Return the present connection, a new one that dials at once if there is none."""
         with self._state_lock:
             if self._state in (LinkState.CLOSING, LinkState.CLOSED):
                 raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
             if self._connection is not None:
                 return self._connection
-            self._generation += 1
-            self._counts["dials"] += 1
-            connection = self._connection = self._last_connection = Connection(self._generation, self._clock)
+            connection = self._new_connection(self._clock.monotonic())
             self._set_state(LinkState.DIALING)
-        self._clock.subscribe(connection.waker.wake)
-        number = next(_numbers)
-        watchdog = threading.Thread(
-            target=self._watch, args=(connection,), name=f"wove-ws-watchdog-{number}", daemon=True
-        )
-        reader = threading.Thread(target=self._read, args=(connection,), name=f"wove-ws-reader-{number}", daemon=True)
-        connection.reader, connection.watchdog = reader, watchdog
-        try:
-            watchdog.start()
-            reader.start()
-        except RuntimeError as exc:  # the system gives no more threads
-            connection.reader = None
-            self._end(connection, exc)
-            if not watchdog.is_alive():
-                connection.dispose()
-            raise
+        self._begin(connection)
         return connection
+
+    def _new_connection(self, dial_at: float) -> Connection:
+        """Hold ``_state_lock``."""
+        self._generation += 1
+        self._connection = self._last_connection = Connection(self._generation, self._clock, dial_at)
+        return self._connection
+
+    def _begin(self, connection: Connection) -> None:
+        """Start the watchdog, which starts the reader when it is time to dial."""
+        self._clock.subscribe(connection.waker.wake)
+        name = f"wove-ws-watchdog-{next(_numbers)}"
+        connection.watchdog = threading.Thread(target=self._watch, args=(connection,), name=name, daemon=True)
+        try:
+            connection.watchdog.start()
+        except RuntimeError as exc:  # the system gives no more threads
+            self._end(connection, exc)
+            connection.dispose()
+            raise
+
+    def _dial_if_due(self, connection: Connection, now: float) -> None:
+        """Start the reader, which dials. Watchdog thread only."""
+        with self._state_lock:
+            if not Deadline(connection.dial_at).expired(now) or self._connection is not connection:
+                return
+            connection.dial_at = None
+            if self._state is LinkState.BACKOFF:
+                self._set_state(LinkState.DIALING)
+            if self._state is not LinkState.DIALING:
+                return
+            self._counts["dials"] += 1
+        name = f"wove-ws-reader-{next(_numbers)}"
+        reader = threading.Thread(target=self._read, args=(connection,), name=name, daemon=True)
+        try:
+            reader.start()
+        except RuntimeError as exc:
+            self._end(connection, exc)
+        else:
+            connection.reader = reader
 
     def _set_state(self, state: LinkState) -> None:
         """Hold ``_state_lock``."""
@@ -268,35 +305,35 @@ class Link:
     # -- the reader thread -------------------------------------------------------
 
     def _read(self, connection: Connection) -> None:
+        _running.link = self
         try:
             headers = security.handshake_headers(self.options)
             transport = self._dial(self.options, headers, clock=self._clock)
-        except BaseException as exc:
-            self._end(connection, exc)
-            return
-        with self._state_lock:
-            connection.connected(transport)
-            wanted = self._connection is connection and self._state is LinkState.DIALING
-            effects: list[Effect] = []
-            if wanted:
-                self._table.heartbeat_factor = 1.0 if transport.features is not None else 2.0
-                self._set_state(LinkState.READY)
-                effects = self._post_ready(self._clock.monotonic())
-        if not wanted:
-            self._end(connection, TransportClosed("closed by this side"))
-            return
-        _log.info("connected to %s:%s", self.options.host, self.options.port, extra=self._extra("connect"))
-        self._apply(effects)
-        connection.flush()
-        connection.waker.wake()
-        try:
+            self._connected(connection, transport)
             while True:
                 self._take(connection, transport.recv())
-        except TransportClosed as exc:
+        except Exception as exc:
+            if not isinstance(exc, TransportClosed | OSError | ValueError | RuntimeError):
+                _note(_log, logging.ERROR, "the reader failed", exc_info=True, extra=self._extra("lose"))
             self._end(connection, exc)
         except BaseException as exc:
-            _log.exception("reader failed", extra=self._extra("lose"))
             self._end(connection, exc)
+            raise
+
+    def _connected(self, connection: Connection, transport: Transport) -> None:
+        """Become READY and send what waits; raise TransportClosed if nobody wants the connection any more."""
+        with self._state_lock:
+            connection.connected(transport)
+            if self._connection is not connection or self._state is not LinkState.DIALING:
+                raise TransportClosed("closed by this side")
+            self._lost_at = None
+            self._table.heartbeat_factor = 1.0 if transport.features is not None else 2.0
+            self._set_state(LinkState.READY)
+            effects = self._post_ready(self._clock.monotonic())
+        where = (self.options.host, self.options.port)
+        _note(_log, logging.INFO, "connected to %s:%s", *where, extra=self._extra("connect"))
+        self._apply(effects)
+        connection.waker.wake()
 
     def _take(self, connection: Connection, message: bytes | bytearray) -> None:
         try:
@@ -313,6 +350,7 @@ class Link:
             for reason in decoded.ignored:
                 self._table.dropped[reason] += 1
             for event in decoded.events:
+                self._failures = 0
                 effects += self._table.receive(event, now)
             self._post_into(effects)
             idle_until = self._idle_until()
@@ -320,37 +358,78 @@ class Link:
         self._mind(idle_until)
 
     def _end(self, connection: Connection, exc: BaseException) -> None:
-        """End the connection once: every run ends, the watchdog cleans up, the next use dials."""
-        code = getattr(exc, "close_code", None)
-        reason = connection.close_reason or getattr(exc, "reason", "") or str(exc)
+        """End the connection, once; dial again after a while if runs wait for that."""
+        connection.close_reason = connection.close_reason or getattr(exc, "reason", "") or str(exc)
+        now = self._clock.monotonic()
         with self._state_lock:
             if self._connection is not connection:
                 return
             self._connection = None
             closing = self._state is LinkState.CLOSING
-            if connection.transport is None:
-                connection.error = exc
-                effects: list[Effect] = []
-                for run in self._table.of_all():
-                    effects += self._table.fail(run, _same_error(exc))
-                fatal = isinstance(exc, HandshakeRejected)
-                self._set_state(LinkState.CLOSED if closing else LinkState.FATAL if fatal else LinkState.IDLE)
-            else:
+            was_up = connection.transport is not None
+            self._set_state(LinkState.LOST if was_up else LinkState.FATAL if _is_fatal(exc) else LinkState.IDLE)
+            if was_up:
                 self._counts["losses"] += not closing
-                self._set_state(LinkState.LOST)
-                effects = self._table.lost(code, reason)
-                self._set_state(LinkState.CLOSED if closing else LinkState.IDLE)
+                code = getattr(exc, "close_code", None)
+                effects = self._table.lost(code, connection.close_reason, self.options.max_requeues)
+                self._lost_at = now if self._lost_at is None else self._lost_at
+            else:
+                connection.error = exc
+                effects = self._give_up(exc, now)
+            successor = None
+            if closing:
+                self._set_state(LinkState.CLOSED)
+            elif len(self._table):
+                successor = self._new_connection(now + self._backoff(exc))
+                self._set_state(LinkState.BACKOFF)
+            elif was_up:
+                self._set_state(LinkState.IDLE)
         if connection.transport is not None:
             connection.flush()  # the answer to the peer's close frame
             connection.transport.abort()
             if not closing:
-                _log.info("connection lost: %s", reason, extra=self._extra("lose"))
+                reason = connection.close_reason
+                _note(_log, logging.INFO, "connection lost: %s", reason, extra=self._extra("lose"))
         self._apply(effects)
         connection.waker.wake()
+        if successor is not None:
+            with contextlib.suppress(RuntimeError):  # no thread to be had: every run was told
+                self._begin(successor)
+
+    def _give_up(self, exc: BaseException, now: float) -> list[Effect]:
+        """End the runs that a failed dial leaves without hope. Hold ``_state_lock``.
+
+        A run with a ``delivery_timeout`` waits for a later dial until then; one without waits for
+        ``resume_window``, and only if there was a connection before. Nothing waits for a fatal answer.
+        """
+        patient = self._lost_at is not None and now < self._lost_at + self.options.resume_window
+        effects: list[Effect] = []
+        for run in self._table.of_all():
+            if _is_fatal(exc) or not (patient or run.deadline.at is not None):
+                effects += self._table.fail(run, _same_error(exc))
+        return effects
+
+    def _backoff(self, exc: BaseException) -> float:
+        """Return the seconds until the next dial. Hold ``_state_lock``."""
+        backoff = Backoff(self.options.reconnect_initial_delay, self.options.reconnect_max_delay)
+        delay = backoff.delay(self._failures, self._spread())
+        self._failures += 1
+        return max(delay, getattr(exc, "retry_after", None) or 0.0)
 
     # -- the watchdog thread -----------------------------------------------------
 
     def _watch(self, connection: Connection) -> None:
+        _running.link = self
+        try:
+            self._keep_deadlines(connection)
+        except BaseException as exc:  # nobody would keep them any more
+            _note(_log, logging.ERROR, "the watchdog failed", exc_info=True, extra=self._extra("lose"))
+            self._end(connection, exc)
+        if connection.reader is not None:
+            connection.reader.join()
+        connection.dispose()
+
+    def _keep_deadlines(self, connection: Connection) -> None:
         looks = 0
         while self._connection is connection:
             self._bury_dropped_sessions()
@@ -364,14 +443,11 @@ class Link:
             else:
                 self._judge(connection, now, behind=looks >= _LOOKS)
                 looks = 0
-        if connection.reader is not None:
-            connection.reader.join()
-        connection.dispose()
 
     def _next_moment(self, connection: Connection) -> float | None:
         with self._state_lock:
-            check = Deadline(connection.next_check(self.options))
-            connection.watching_until = check.earliest(Deadline(self._next_decision())).at
+            moment = Deadline(connection.next_check(self.options)).earliest(Deadline(connection.dial_at))
+            connection.watching_until = moment.earliest(Deadline(self._next_decision())).at
             return connection.watching_until
 
     def _next_decision(self) -> float | None:
@@ -386,6 +462,7 @@ class Link:
             self._post_into(effects)
         self._apply(effects)
         connection.check(self.options, now, behind=behind)
+        self._dial_if_due(connection, now)
         self._close_if_idle(connection, now)
 
     def _idle_until(self) -> float | None:
@@ -426,7 +503,8 @@ class Link:
                 error = too_large(run.run_id, len(run.message), limit)
                 effects += self._table.fail(run, error)
             else:
-                self._table.sent(run, connection.transport.post(run.message), now)
+                message = frames.with_attempt(run.message, run.attempt)
+                self._table.sent(run, connection.transport.post(message), now)
         return effects
 
     def _post_into(self, effects: list[Effect]) -> None:
@@ -439,27 +517,39 @@ class Link:
         with contextlib.suppress(IndexError):
             while self._news:
                 old, new = self._news.popleft()
-                _log.debug("link %s: %s -> %s", self.options.host, old.name, new.name, extra=self._extra("state"))
-        for effect in effects:
-            if isinstance(effect, Deliver):
-                self._deliver(effect.run, effect.event)
-            else:
-                self._cancel_at_worker(effect)
+                change = (self.options.host, old.name, new.name)
+                _note(_log, logging.DEBUG, "link %s: %s -> %s", *change, extra=self._extra("state"))
+        rest = iter(effects)
+        try:
+            for effect in rest:
+                self._act(effect)
+        finally:  # an exception that strikes a caller's thread must not cost other runs their end
+            for effect in rest:
+                self._act(effect)
         connection = self._connection
         if connection is not None:
             connection.flush()  # cancels, and runs that got a slot
+
+    def _act(self, effect: Effect) -> None:
+        if isinstance(effect, Deliver):
+            self._deliver(effect.run, effect.event)
+        else:
+            self._cancel_at_worker(effect)
 
     def _deliver(self, run: Run, event: dict[str, Any]) -> None:
         kind = event["type"]
         if _log.isEnabledFor(logging.DEBUG):
             extra = {**self._extra("event", run.run_id), "event_type": kind, "task_id": run.task_id}
-            _log.debug("%s %s", kind, run.run_id, extra=extra)
+            _note(_log, logging.DEBUG, "%s %s", kind, run.run_id, extra=extra)
         if kind == "log":
             _forward(run, event)
         try:
             run.sink(event)
-        except Exception:
-            _log.exception("a receiver of events failed", extra=self._extra("event", run.run_id))
+        except BaseException as exc:  # a done-callback may call sys.exit()
+            if not isinstance(exc, Exception) and not self.in_own_thread():
+                raise
+            extra = self._extra("event", run.run_id)
+            _note(_log, logging.ERROR, "a receiver of events failed", exc_info=True, extra=extra)
 
     def _cancel_at_worker(self, effect: CancelAtWorker) -> None:
         run, connection = effect.run, self._connection
@@ -486,8 +576,7 @@ class Link:
 
     def in_own_thread(self) -> bool:
         """Tell whether the caller is one of the link's threads, which must not wait for the link."""
-        connection = self._last_connection
-        return connection is not None and threading.current_thread() in (connection.reader, connection.watchdog)
+        return getattr(_running, "link", None) is self
 
 
 def too_large(run_id: str, size: int, limit: int) -> ValueError:
@@ -496,6 +585,13 @@ def too_large(run_id: str, size: int, limit: int) -> ValueError:
         f"Run {run_id!r} is a message of {size} bytes, more than the {limit} bytes that may be sent at once. "
         "Pass a reference to the data instead, or raise max_message_bytes on both sides."
     )
+
+
+def _is_fatal(exc: BaseException) -> bool:
+    """Tell whether dialling again would only get the same answer."""
+    if isinstance(exc, HandshakeRejected):
+        return exc.status is None or exc.status in (101, 401, 403, 404) or 300 <= exc.status < 400
+    return isinstance(exc, ssl.SSLCertVerificationError | ValueError | RuntimeError)
 
 
 def _same_error(exc: BaseException) -> BaseException:
@@ -510,9 +606,11 @@ def _forward(run: Run, event: dict[str, Any]) -> None:
     """Give a task's log record to this side's logging."""
     level = logging.getLevelNamesMapping().get(str(event.get("level", "INFO")).upper(), logging.INFO)
     if _task_log.isEnabledFor(level):
-        _task_log.log(
-            level,
-            "%s",
-            event.get("message", ""),
-            extra={"action": "log", "run_id": run.run_id, "task_id": run.task_id, "task_logger": event.get("logger")},
-        )
+        extra = {"action": "log", "run_id": run.run_id, "task_id": run.task_id, "task_logger": event.get("logger")}
+        _note(_task_log, level, "%s", event.get("message", ""), extra=extra)
+
+
+def _note(logger: logging.Logger, level: int, text: str, *args: Any, **details: Any) -> None:
+    """Log, and take it calmly if a handler fails: a full disk must not end a connection."""
+    with contextlib.suppress(Exception):
+        logger.log(level, text, *args, stacklevel=2, **details)

@@ -21,6 +21,8 @@ from .errors import PayloadError
 __all__ = ["RemoteTraceback", "decode_event", "decode_value", "encode_frame", "encode_value", "error_payload"]
 
 _PICKLED_FIELDS = ("callable", "args", "result", "exception", "error")
+# What a terminal event may bring; no other pickle that a peer sends is ever loaded.
+_LOADED_FIELDS = {"task_result": ("result",), "task_error": ("error", "exception")}
 _PLAIN = frozenset({bool, int, float, str, bytes})
 _REASON = "the websocket network executor serializes task frames for a remote worker service."
 
@@ -58,12 +60,14 @@ def decode_value(text: str | bytes) -> Any:
     """
     try:
         return pickle.loads(base64.b64decode(text, validate=True))
-    except Exception as exc:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # a pickle may call anything, sys.exit() too
         raise PayloadError(_undecodable(exc)) from exc
 
 
-def _undecodable(exc: Exception) -> dict[str, Any]:
-    cause = "it is not base64" if isinstance(exc, binascii.Error) else f"{type(exc).__name__}: {exc}"
+def _undecodable(exc: BaseException) -> dict[str, Any]:
+    cause = "it is not base64" if isinstance(exc, binascii.Error) else f"{type(exc).__name__}: {_text(exc)}"
     return {
         "kind": "PayloadDecodeError",
         "message": (
@@ -88,38 +92,40 @@ def encode_frame(frame: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decode_event(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the event with its pickled fields decoded: ``result``, ``exception``, ``error``.
+    """Return the event with its pickled fields decoded: ``result``, or ``error`` and ``exception``.
 
-    An exception is ready to raise: the worker's traceback is its ``__cause__``, and what
-    must not be raised in a thread of ours (StopIteration, SystemExit, KeyboardInterrupt, no
-    exception at all) comes as a wove EnvironmentExecutionError. A payload that cannot be unpickled turns
-    the event into a ``task_error`` with a PayloadError. Never raises for what a peer sent.
+    Pickles in events of other types are left out unread. An exception is ready to raise: the
+    worker's traceback is its ``__cause__``, and what must not be raised in a thread of ours
+    (StopIteration, SystemExit, KeyboardInterrupt, no exception at all) comes as a wove
+    EnvironmentExecutionError. A payload that cannot be unpickled turns the event into a
+    ``task_error`` with a PayloadError. Never raises for what a peer sent.
     """
     decoded = {key: value for key, value in event.items() if not key.endswith("_pickle")}
     try:
-        for field in ("result", "error", "exception"):
+        for field in _LOADED_FIELDS.get(event["type"], ()):
             if f"{field}_pickle" in event:
                 decoded[field] = decode_value(event[f"{field}_pickle"])
     except PayloadError as exc:
         decoded.pop("result", None)
         decoded.update(type="task_error", error=exc.payload, exception=exc)
         return decoded
-    if decoded.get("type") == "task_error":
+    if event["type"] == "task_error":
         decoded["exception"] = _raisable(decoded.get("exception"), decoded.get("error"))
-    elif decoded.get("type") == "task_result":
+    elif event["type"] == "task_result":
         decoded.setdefault("result", None)
     return decoded
 
 
 def _raisable(exception: Any, error: Any) -> Exception:
     details = error_payload(exception, error)
-    text = str(details.get("traceback") or "")
+    text = _text(details.get("traceback") or "")
     if isinstance(exception, Exception) and not isinstance(exception, StopIteration):
         raised: Exception = exception
     else:
         raised = EnvironmentExecutionError(details)
     if text and raised.__cause__ is None:
-        raised.__cause__ = RemoteTraceback(text)
+        # As "raise ... from" does it, whatever __setattr__ the class has (a frozen dataclass, say).
+        object.__setattr__(raised, "__cause__", RemoteTraceback(text))
     return raised
 
 
@@ -128,7 +134,15 @@ def error_payload(exception: Any, error: Any) -> dict[str, Any]:
     if isinstance(error, dict):
         return error
     if error:
-        return {"message": str(error), "kind": "ExecutionError", "source": "executor"}
+        return {"message": _text(error), "kind": "ExecutionError", "source": "executor"}
     if isinstance(exception, BaseException):
-        return {"message": str(exception), "kind": type(exception).__name__, "source": "task"}
+        return {"message": _text(exception), "kind": type(exception).__name__, "source": "task"}
     return {}
+
+
+def _text(value: Any) -> str:
+    """Return ``str(value)``, of objects of the worker's making too, whose ``__str__`` may fail."""
+    try:
+        return str(value)
+    except Exception as exc:
+        return f"(str() of this {type(value).__name__} failed: {type(exc).__name__})"

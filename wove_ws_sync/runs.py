@@ -62,6 +62,7 @@ class Run:
     environment: str
     sink: Callable[[dict[str, Any]], None]
     deadline: Deadline = Deadline()
+    attempt: int = 1
     state: RunState = RunState.QUEUED
     receipt: Receipt | None = None
     life: float = 0.0
@@ -69,6 +70,7 @@ class Run:
     ack_by: float | None = None
     timeout: DeliveryTimeout | None = None
     holds_slot: bool = False
+    answered: bool = False
 
     @property
     def terminal(self) -> bool:
@@ -78,7 +80,8 @@ class Run:
     @property
     def maybe_executed(self) -> bool:
         """Tell whether the whole run had left this process, so that a worker may have seen it."""
-        return self.receipt is not None and self.receipt.sent_at is not None
+        # An answer may overtake the sending thread's note that the last byte has left.
+        return self.answered or (self.receipt is not None and self.receipt.sent_at is not None)
 
 
 class Deliver(NamedTuple):
@@ -115,6 +118,7 @@ class RunTable:
         self._order = itertools.count()
         self.heartbeat_factor = 1.0
         self.dropped: Counter[str] = Counter()
+        self.requeues = 0
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -162,7 +166,6 @@ class RunTable:
         """Note that *run* was handed to the transport, which answers through *receipt*."""
         run.state = RunState.SENT
         run.receipt = receipt
-        run.message = b""
         run.life = now
         self._set_alarm(run, now)
 
@@ -175,7 +178,10 @@ class RunTable:
             self.dropped["unknown_run"] += 1
             return []
         run.life = now
+        run.answered = True
         if event["type"] not in TERMINAL_EVENTS:
+            if run.delivery.delivery_orphan_policy != "requeue":
+                run.message = b""  # it has arrived, and will not be sent again
             if run.state is RunState.SENT and event["type"] != "log":
                 run.state = RunState.RUNNING
             return [Deliver(run, event)]
@@ -272,12 +278,33 @@ class RunTable:
 
     # -- endings -----------------------------------------------------------------
 
-    def lost(self, close_code: int | None, reason: str) -> list[Effect]:
-        """End every run with ConnectionLost: the connection broke."""
+    def lost(self, close_code: int | None, reason: str, max_requeues: int) -> list[Effect]:
+        """Decide for every run what the loss of the connection means.
+
+        What had not left this process whole is sent again, under every policy. What a worker may
+        have seen is sent again under "requeue", *max_requeues* times, and ends with
+        ConnectionLost otherwise.
+        """
         effects: list[Effect] = []
         for run in self.of_all():
-            effects += self._orphan(run, _connection_lost(run, close_code, reason))
+            if run.state is RunState.CANCELLING:
+                effects += self._orphan(run, _connection_lost(run, close_code, reason))
+            elif not run.maybe_executed:
+                self._queue_again(run)
+            elif run.delivery.delivery_orphan_policy == "requeue" and run.attempt <= max_requeues:
+                run.attempt += 1
+                self.requeues += 1
+                self._queue_again(run)
+            else:
+                effects += self._orphan(run, _connection_lost(run, close_code, reason))
         return effects
+
+    def _queue_again(self, run: Run) -> None:
+        if run.receipt is not None:  # or it is in line already
+            run.receipt = None
+            run.answered = False
+            run.state = RunState.QUEUED
+            self._ready.append(run)
 
     def fail(self, run: Run, error: BaseException) -> list[Effect]:
         """End *run* with *error*: no connection could be had, say."""
@@ -388,5 +415,10 @@ def _connection_lost(run: Run, close_code: int | None, reason: str) -> Connectio
             f"'{run.environment}' (policy='{policy}')."
         )
     return ConnectionLost(
-        text, run_id=run.run_id, close_code=close_code, reason=reason, maybe_executed=run.maybe_executed
+        text,
+        run_id=run.run_id,
+        close_code=close_code,
+        reason=reason,
+        attempt=run.attempt,
+        maybe_executed=run.maybe_executed,
     )

@@ -19,7 +19,7 @@ from typing import Protocol
 import websocket
 
 from ._framing import FrameReader, Violation, close_payload
-from ._handshake import upgrade
+from ._handshake import Answer, upgrade
 from ._outbox import Outbox, Parcel
 from ._route import connect, place, tls_context
 from ._wire import EndOfStream, Wire
@@ -91,12 +91,10 @@ class WebSocketTransport:
     not know of them; ``peer_max_message_bytes`` is the largest message it accepts, if it said.
     """
 
-    def __init__(
-        self, wire: Wire, response: Mapping[str, str], options: LinkOptions, clock: Clock
-    ) -> None:
+    def __init__(self, wire: Wire, answer: Answer, options: LinkOptions, clock: Clock) -> None:
         self.wake: Callable[[], None] = _nothing
-        self.features = _features(response.get("x-wove-sync", ""))
-        self.peer_max_message_bytes = _size(response.get("x-wove-max-message", ""))
+        self.features = answer.features
+        self.peer_max_message_bytes = answer.max_message_bytes
         self._wire = wire
         self._frames = FrameReader(wire, options.max_message_bytes)
         self._outbox = Outbox()
@@ -259,6 +257,7 @@ class WebSocketTransport:
             self._fail(closed)
             if exc.errno is None:  # not the system's: a signal handler raised it
                 raise
+            self._outbox.settle(self._wire.accepted, self._clock.monotonic())
             raise closed.again() from exc
         except TransportClosed:
             raise
@@ -268,9 +267,9 @@ class WebSocketTransport:
 
     def _pump(self, until: Parcel | None, deadline: Deadline) -> bool:
         while True:
+            self._outbox.expose()
             flushed = self._wire.flush()
-            if flushed:
-                self._outbox.settle(self._clock.monotonic())
+            self._outbox.settle(self._wire.accepted, self._clock.monotonic())
             if until is not None and until.sent:
                 return True
             remaining = deadline.remaining(self._clock.monotonic())
@@ -288,7 +287,6 @@ class WebSocketTransport:
 
     def _fail(self, failure: TransportClosed) -> None:
         self._failure = self._failure or failure
-        self._outbox.settle(self._clock.monotonic())  # what was in the wire may have left
         self._wire.abort()
 
 
@@ -304,15 +302,20 @@ def dial(options: LinkOptions, headers: Mapping[str, str], *, clock: Clock) -> W
     wire: Wire | None = None
     try:
         wire = connect(options, context, deadline, clock)
-        response = upgrade(wire, options, headers)
+        answer = upgrade(wire, options, headers)
     except BaseException as exc:
         if wire is not None:
             wire.close()
-        if isinstance(exc, HandshakeRejected) or not isinstance(exc, OSError):
+        if not isinstance(exc, OSError) or _is_ours(exc):
             raise
         raise _undialled(exc, options, connected=wire is not None) from exc
     wire.deadline = Deadline()
-    return WebSocketTransport(wire, response, options, clock)
+    return WebSocketTransport(wire, answer, options, clock)
+
+
+def _is_ours(exc: OSError) -> bool:
+    """Tell whether the error is a clear sentence already: a rejection by the worker or the proxy."""
+    return isinstance(exc, HandshakeRejected) or type(exc) is ConnectionError
 
 
 def _undialled(exc: OSError, options: LinkOptions, *, connected: bool) -> OSError:
@@ -335,8 +338,6 @@ def _undialled(exc: OSError, options: LinkOptions, *, connected: bool) -> OSErro
         return ssl.SSLError(1, f"TLS with {where} failed: {fault}.{hint}")
     if ended:
         return ConnectionError(f"The worker service at {where} closed the connection during the handshake.")
-    if exc.errno is None:
-        return exc  # ours, a clear sentence already
     return OSError(exc.errno, f"No connection to {where}: {why}.")  # the subclass that fits errno
 
 
@@ -344,20 +345,6 @@ def _broken(exc: OSError) -> TransportClosed:
     if isinstance(exc, EndOfStream):
         return TransportClosed("The worker service ended the connection without a close frame.")
     return TransportClosed(f"The connection broke: {exc.strerror or type(exc).__name__}.")
-
-
-def _features(answer: str) -> frozenset[str] | None:
-    """Return the extensions of an ``X-Wove-Sync`` answer; None for no answer or another version."""
-    version, _, parameters = answer.partition(";")
-    if version.strip() != "1":
-        return None
-    name, _, value = parameters.partition("=")
-    listed = value.split(",") if name.strip() == "f" else []
-    return frozenset(item.strip() for item in listed if item.strip())
-
-
-def _size(answer: str) -> int | None:
-    return int(answer) if answer.isascii() and answer.isdigit() and len(answer) < 20 else None
 
 
 def _nothing() -> None:

@@ -403,3 +403,25 @@ def test_a_worker_that_is_not_there(worker: LoopbackWorker) -> None:
         with pytest.raises(ConnectionRefusedError):
             future.result(WAIT)
     close_links()
+
+
+def test_a_callback_that_would_wait_for_ever_is_told(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """result() of another run in a done-callback raises; shutdown() there does not wait."""
+    path = gate()
+    pending = pool.submit(hold, path)
+    raised: list[BaseException] = []
+    called = threading.Event()
+
+    def wait_in_callback(ended: Any) -> None:
+        try:
+            pending.result()
+        except RuntimeError as exc:
+            raised.append(exc)
+        pool.shutdown()
+        called.set()
+
+    pool.submit(mul, 1, 1).add_done_callback(wait_in_callback)
+    assert called.wait(WAIT)
+    assert "done-callback" in str(raised[0])
+    open_gate(path)
+    assert pending.result(WAIT) == "opened"

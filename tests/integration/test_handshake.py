@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
-import resource
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +16,17 @@ import pytest
 import websocket
 import wove
 from ws_peer import PATIENCE, TEXT, Listener, Peer, accept_for, dial_to, dialled, frame, options_for
+
 from wove_ws_sync import AuthenticationRejected, HandshakeRejected
 from wove_ws_sync._wire import Wire
+from wove_ws_sync.timing import Clock
+from wove_ws_sync.transport import dial
 
 SECRET = "planted-secret-0123456789"
 BODY = "planted-body"
 OPEN_TIMEOUT = 1.0
 # How long a refusal may take on a busy machine; a deadline may be missed by as much.
-SLACK = 1.0
+SLACK = 3.0
 
 
 def answering(*lines: str, body: bytes = b"") -> Callable[[Peer], None]:
@@ -37,8 +40,10 @@ def answering(*lines: str, body: bytes = b"") -> Callable[[Peer], None]:
     return script
 
 
-def accepting(*, drop: str = "", accept: Callable[[str], str] = accept_for, extra: str = "") -> Callable[[Peer], None]:
-    """Return a script that sends a 101 without the line *drop*, with another accept key or an *extra* line."""
+def accepting(
+    *, drop: str = "", accept: Callable[[str], str] = accept_for, extra: str = ""
+) -> Callable[[Peer], None]:
+    """Return a script that sends a 101 without line *drop*, with another accept key or an *extra* line."""
 
     def script(peer: Peer) -> None:
         peer.read_request()
@@ -57,7 +62,7 @@ def accepting(*, drop: str = "", accept: Callable[[str], str] = accept_for, extr
 
 
 def refused(script: Callable[[Peer], Any], **config: Any) -> BaseException:
-    """Dial a server that plays *script*; return the error after checking that it came in time and is clean."""
+    """Dial a server that plays *script*; return the error, checked to come in time and to leak nothing."""
     config = {"security": {"type": "signed", "secret": SECRET}, "open_timeout": OPEN_TIMEOUT, **config}
     with Listener(script) as listener:
         options = options_for(listener.port, headers={"X-Canary": SECRET}, **config)
@@ -130,7 +135,8 @@ def test_redirect_is_not_followed(status: int) -> None:
     """A redirect, to the same host or another, is refused; nobody else hears from us."""
     with Listener(lambda peer: peer.sock.recv(1)) as elsewhere:
         for location in (f"ws://127.0.0.1:{elsewhere.port}/wove", "/other", "ws://worker.invalid/wove"):
-            error = refused(answering(f"HTTP/1.1 {status} Moved", f"Location: {location}", "Content-Length: 0"))
+            lines = (f"HTTP/1.1 {status} Moved", f"Location: {location}", "Content-Length: 0")
+            error = refused(answering(*lines))
             assert type(error) is HandshakeRejected
             assert error.status == status
             assert "not followed" in str(error)
@@ -211,11 +217,14 @@ def test_not_http(script: Callable[[Peer], None]) -> None:
 
 def test_huge_body_is_not_read() -> None:
     """A refusal with 200 MB of body costs no memory and no time."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = b"HTTP/1.1 401 No\r\nContent-Length: 200000000\r\n\r\n"
-    error = refused(flooding(start, BODY.encode() * 5000, 200_000_000))
+    tracemalloc.start()
+    try:
+        error = refused(flooding(start, BODY.encode() * 5000, 200_000_000))
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
     assert isinstance(error, AuthenticationRejected)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
 
 
 @pytest.mark.parametrize(
@@ -306,8 +315,12 @@ def resolving_to(*addresses: tuple[str, int]) -> Resolver:
 
 
 def test_second_address_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name's first address drops everything, its second refuses, its third answers: connected in time."""
-    with FullBacklog() as hole, socket.socket() as deaf, Listener(lambda peer: peer.upgrade().drain()) as listener:
+    """The first address of a name drops everything, the second refuses, the third answers: connected."""
+    with (
+        FullBacklog() as hole,
+        socket.socket() as deaf,
+        Listener(lambda peer: peer.upgrade().drain()) as listener,
+    ):
         deaf.bind(("127.0.0.1", 0))
         addresses = (hole.address, deaf.getsockname(), ("127.0.0.1", listener.port))
         monkeypatch.setattr(socket, "getaddrinfo", resolving_to(*addresses))
@@ -352,22 +365,21 @@ def test_local_name_must_be_local(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="uses an insecure network transport"):
             dial_to(options_for(listener.port, host="localhost"))
         assert listener.result() == b""
-        with pytest.raises(OSError, match="closed|reset"):  # insecure=True: nobody minds
+        with pytest.raises(OSError, match=r"closed|reset"):  # insecure=True: nobody minds
             dial_to(options_for(listener.port, host="localhost", insecure=True))
 
 
 @pytest.mark.parametrize("target", ["/", "/a/b;v=1", "/a;b?x=1;2&y", "/%C3%A9?q=%20", "//double"])
 def test_request_is_exact(target: str) -> None:
     """The target that was signed is the one that is sent, headers arrive as given, and no others."""
-    with Listener(lambda peer: peer.upgrade().drain()) as listener:
+    peers: list[Peer] = []
+    with Listener(lambda peer: peers.append(peer.upgrade())) as listener:
         options = options_for(
             listener.port,
             target=target,
             security={"type": "signed", "secret": SECRET},
             headers={"X-Mine": "caf\xe9", "User-Agent": "me"},
         )
-        peers: list[Peer] = []
-        listener._script = lambda peer: peers.append(peer.upgrade())
         with dialled(options):
             listener.result()
         request, headers = peers[0].request.decode("latin-1"), peers[0].headers()
@@ -399,7 +411,8 @@ def test_no_cookie_of_another_connection() -> None:
     kept = dict(jar.jar)
     try:
         peers: list[Peer] = []
-        with Listener(lambda peer: peers.append(peer.upgrade("Set-Cookie: a=b; Domain=127.0.0.1"))) as listener:
+        answer = "Set-Cookie: a=b; Domain=127.0.0.1"
+        with Listener(lambda peer: peers.append(peer.upgrade(answer))) as listener:
             for _ in range(2):
                 with dialled(options_for(listener.port)):
                     pass
@@ -414,7 +427,8 @@ def test_trace_shows_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     """With the library's trace on, neither a header of ours nor its signature is logged."""
     logger = websocket._logging._logger
     with Listener(lambda peer: peer.upgrade().drain()) as listener:
-        options = options_for(listener.port, headers={"X-Canary": SECRET}, security={"type": "bearer", "token": SECRET})
+        security = {"type": "bearer", "token": SECRET}
+        options = options_for(listener.port, headers={"X-Canary": SECRET}, security=security)
         try:
             websocket.enableTrace(True)
             logger.addHandler(caplog.handler)
@@ -431,9 +445,6 @@ def test_header_with_a_line_break_is_not_sent() -> None:
     """A value that would become two headers is refused, whoever made it."""
     with Listener(lambda peer: peer.sock.recv(1)) as listener:
         options = options_for(listener.port)
-        from wove_ws_sync.timing import Clock
-        from wove_ws_sync.transport import dial
-
         with pytest.raises(ValueError, match="X-A"):
             dial(options, {"X-A": "v\r\nX-Injected: yes"}, clock=Clock())
         assert listener.result() == b""
@@ -449,17 +460,22 @@ def test_answer_of_a_worker() -> None:
         ("Server: caf\xe9", "X-Wove-Sync: 1;", "X-Wove-Max-Message: many"): (frozenset(), None),
     }
     for lines, expected in answers.items():
-        with Listener(lambda peer, lines=lines: peer.upgrade(*lines).drain()) as listener:
-            with dialled(options_for(listener.port)) as transport:
-                assert (transport.features, transport.peer_max_message_bytes) == expected
+
+        def script(peer: Peer, lines: tuple[str, ...] = lines) -> None:
+            peer.upgrade(*lines).drain()
+
+        with Listener(script) as listener, dialled(options_for(listener.port)) as transport:
+            assert (transport.features, transport.peer_max_message_bytes) == expected
 
 
 def test_frames_right_behind_the_answer() -> None:
     """Messages that arrive in the same packet as the 101 are not lost."""
     behind = frame(TEXT, b"one") + frame(TEXT, b"t", fin=False) + frame(0, b"wo")
-    with Listener(lambda peer: peer.upgrade(behind=behind).drain()) as listener:
-        with dialled(options_for(listener.port)) as transport:
-            assert [bytes(transport.recv()), bytes(transport.recv())] == [b"one", b"two"]
+    with (
+        Listener(lambda peer: peer.upgrade(behind=behind).drain()) as listener,
+        dialled(options_for(listener.port)) as transport,
+    ):
+        assert [bytes(transport.recv()), bytes(transport.recv())] == [b"one", b"two"]
 
 
 def test_environment_proxies_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,7 +542,8 @@ def test_proxy() -> None:
 def test_proxy_that_refuses(script: Callable[[Peer], None], kind: type[OSError]) -> None:
     """A proxy that refuses, hangs or talks nonsense is one clear error in time, without its credentials."""
     with Listener(script) as proxy:
-        options = options_for(9, proxy=f"http://me:{SECRET}@127.0.0.1:{proxy.port}", open_timeout=OPEN_TIMEOUT)
+        account = f"http://me:{SECRET}@127.0.0.1:{proxy.port}"
+        options = options_for(9, proxy=account, open_timeout=OPEN_TIMEOUT)
         started = time.monotonic()
         with pytest.raises(kind) as caught:
             dial_to(options)

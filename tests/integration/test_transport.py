@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -24,6 +25,7 @@ from ws_peer import (
     PING,
     PONG,
     TEXT,
+    Listener,
     Peer,
     connected,
     dialled,
@@ -38,6 +40,8 @@ from wove_ws_sync.timing import Clock
 from wove_ws_sync.transport import TransportClosed, WebSocketTransport, dial
 
 MIB = 1024 * 1024
+# By how much a busy machine may be late, in seconds; a hang would take PATIENCE.
+SLACK = 3.0
 
 
 def send(transport: WebSocketTransport, data: bytes) -> None:
@@ -134,7 +138,12 @@ def test_waiting_messages_leave_together(monkeypatch: pytest.MonkeyPatch) -> Non
     with connected(script) as (transport, listener):
         calls: list[int] = []
         push = transport._wire.push
-        monkeypatch.setattr(transport._wire, "push", lambda data: (calls.append(len(data)), push(data)))
+
+        def counted(data: bytes) -> None:
+            calls.append(len(data))
+            push(data)
+
+        monkeypatch.setattr(transport._wire, "push", counted)
         parcels = [transport.post(b"message %d" % number) for number in range(1000)]
         assert transport.queued_bytes == sum(parcel.size for parcel in parcels)
         assert transport.pump()
@@ -284,12 +293,13 @@ def test_broken_rule(sent: bytes, code: int) -> None:
 def test_limit_itself_is_allowed() -> None:
     """Messages of exactly the limit pass, whole and in fragments; the count starts anew each time."""
     half = b"x" * (LIMIT // 2)
-    sent = frame(TEXT, half * 2) + (frame(TEXT, half, fin=False) + frame(CONT, half)) * 2 + frame(TEXT, half * 2)
+    whole, in_two = frame(TEXT, half * 2), frame(TEXT, half, fin=False) + frame(CONT, half)
+    sent = whole + in_two * 2 + whole
     with connected(lambda peer: peer.send(sent), max_message_bytes=LIMIT) as (transport, _):
         assert [len(transport.recv()) for _ in range(4)] == [LIMIT] * 4
 
 
-def test_no_memory_for_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_for_a_message() -> None:
     """A message that does not fit into memory is refused like one over the limit."""
 
     def script(peer: Peer) -> int:
@@ -307,7 +317,7 @@ def test_no_memory_for_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("code", "reason"),
-    [(1000, ""), (1001, "going away"), (1008, "x" * 123), (1011, "caf\xe9"), (1012, ""), (1013, ""), (4401, "who?")],
+    [(1000, ""), (1001, "going away"), (1008, "x" * 123), (1011, "caf\xe9"), (1012, ""), (4401, "who?")],
 )
 def test_close_of_the_peer(code: int, reason: str) -> None:
     """The peer's close code and reason are kept, after the messages before it, and are answered."""
@@ -383,7 +393,9 @@ def test_failed_writer_leaves_what_has_arrived() -> None:
 
 
 @pytest.mark.parametrize("rst", [False, True], ids=["fin", "rst"])
-@pytest.mark.parametrize("start", [b"", b"\x81", claiming(MIB) + b"x" * 1000], ids=["between", "header", "payload"])
+@pytest.mark.parametrize(
+    "start", [b"", b"\x81", claiming(MIB) + b"x" * 1000], ids=["between", "header", "payload"]
+)
 def test_lost(start: bytes, rst: bool) -> None:
     """A connection that ends without a close frame has no code, wherever it ends, and is noticed at once."""
 
@@ -396,7 +408,7 @@ def test_lost(start: bytes, rst: bool) -> None:
         listener.result()
         started = time.monotonic()
         closed = ended(transport)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < SLACK
         assert (closed.close_code, closed.reason) == (None, "")
 
 
@@ -407,7 +419,7 @@ def test_abort_wakes_reader_and_writer() -> None:
     def script(peer: Peer) -> None:
         entered.wait(PATIENCE)
 
-    with connected(script, receive_buffer=4096) as (transport, listener):
+    with connected(script, receive_buffer=4096) as (transport, _):
         try:
             reading = in_thread(transport.recv)
             writing = in_thread(transport.pump, transport.post(b"x" * 64 * MIB), None)
@@ -418,7 +430,7 @@ def test_abort_wakes_reader_and_writer() -> None:
             for future in (reading, writing):
                 with pytest.raises(TransportClosed, match="This side ended the connection"):
                     future.result(PATIENCE)
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < SLACK
             with pytest.raises(TransportClosed):
                 transport.pump()
             assert not transport.post(b"harmless").started
@@ -612,11 +624,11 @@ def test_peer_that_stops_reading() -> None:
         parcel, behind = transport.post(data), transport.post(b"behind")
         started = time.monotonic()
         assert not transport.pump(parcel, 0.5)
-        assert 0.4 < time.monotonic() - started < 1.0
+        assert 0.4 < time.monotonic() - started < 0.5 + SLACK
         started = time.monotonic()
         assert not transport.pump()
         assert not transport.pump(behind, 0.0)
-        assert time.monotonic() - started < 0.2
+        assert time.monotonic() - started < SLACK
         assert (parcel.started, parcel.sent, behind.started) == (True, False, False)
         assert transport.queued_bytes == len(data) + 6
         assert transport.wants_write
@@ -685,8 +697,37 @@ def test_exception_out_of_a_send(kind: type[BaseException]) -> None:
         listener.result()
 
 
-def test_message_that_may_have_left_counts_as_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an exception in the last system call, a message is taken for sent: it may have been."""
+def test_it_is_known_what_may_have_been_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss, ``maybe_sent`` is False exactly for messages whose last byte the kernel did not take."""
+    with connected(lambda peer: peer.drain()) as (transport, _):
+        first, second, third = (transport.post(b"x" * 94) for _ in range(3))  # 100 bytes each in a frame
+        send_to_kernel = transport._wire._raw.send
+        answers: list[Any] = [150, BrokenPipeError(errno.EPIPE, "Broken pipe")]
+
+        class Raw:
+            def send(self, data: memoryview, flags: int) -> int:
+                assert not first.sent
+                assert third.maybe_sent  # as long as the call runs
+                answer = answers.pop(0)
+                if isinstance(answer, Exception):
+                    raise answer
+                return send_to_kernel(data[:answer], flags)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(raw, name)
+
+        raw = transport._wire._raw
+        monkeypatch.setattr(transport._wire, "_raw", Raw())
+        with pytest.raises(TransportClosed, match="Broken pipe"):
+            transport.pump(third, PATIENCE)
+        assert [parcel.sent for parcel in (first, second, third)] == [True, False, False]
+        assert [parcel.maybe_sent for parcel in (first, second, third)] == [True, False, False]
+        assert all(parcel.started for parcel in (first, second, third))
+        assert not transport.post(b"late").started
+
+
+def test_interrupted_system_call_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an exception in the call that took the last byte, the peer may have seen the message."""
     with connected(lambda peer: peer.drain()) as (transport, _):
         flush = transport._wire.flush
 
@@ -700,16 +741,17 @@ def test_message_that_may_have_left_counts_as_sent(monkeypatch: pytest.MonkeyPat
         parcel = transport.post(b"perhaps")
         with pytest.raises(KeyboardInterrupt):
             transport.pump(parcel, PATIENCE)
-        assert parcel.sent
+        assert parcel.maybe_sent
+        assert not parcel.sent
 
 
 # -- liveness ------------------------------------------------------------------------
 
 
-class Signs(Clock):
-    """A clock whose every reading is later than the last, so that moments can be compared exactly."""
+class FastClock(Clock):
+    """A clock that runs faster than real time."""
 
-    def __init__(self, speed: float = 1.0) -> None:
+    def __init__(self, speed: float) -> None:
         self._speed = speed
 
     def monotonic(self) -> float:
@@ -722,8 +764,9 @@ def test_idle_and_moments() -> None:
     steps = [threading.Event() for _ in range(4)]
 
     def script(peer: Peer) -> None:
+        long = frame(TEXT, b"x" * 100_000)
         for event, data in zip(
-            steps, (frame(TEXT, b"whole"), frame(TEXT, b"x" * 100_000)[:5000], b"x" * 1000, b"x" * 94_010), strict=True
+            steps, (frame(TEXT, b"whole"), long[:5000], long[5000:6000], long[6000:]), strict=True
         ):
             event.wait(PATIENCE)
             peer.send(data)
@@ -763,7 +806,7 @@ def test_idle_and_moments() -> None:
 
 
 def test_trickling_message_is_given_up() -> None:
-    """A peer that sends a message at less than 1 KiB/s is cut after 30 s; one that is silent between messages is not."""
+    """A message that comes at less than 1 KiB/s is given up after 30 s; silence between messages is fine."""
     speed = 100.0
 
     def script(peer: Peer) -> None:
@@ -803,11 +846,9 @@ def test_slow_message_is_not_given_up() -> None:
 @contextlib.contextmanager
 def connected_at(speed: float, script: Callable[[Peer], Any]) -> Iterator[WebSocketTransport]:
     """Dial a scripted server with a clock that runs faster."""
-    from ws_peer import Listener
-
     with Listener(lambda peer: script(peer.upgrade())) as listener:
         options = options_for(listener.port, open_timeout=5.0 * speed)
-        transport = dial(options, security.handshake_headers(options), clock=Signs(speed))
+        transport = dial(options, security.handshake_headers(options), clock=FastClock(speed))
         try:
             yield transport
         finally:

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from wove_ws_sync.errors import AuthenticationRejected, ConnectionLost, DeliveryTimeout, ExecutorClosed
+from wove_ws_sync.errors import (
+    AuthenticationRejected,
+    ConnectionLost,
+    DeliveryTimeout,
+    ExecutorClosed,
+    HandshakeRejected,
+)
 from wove_ws_sync.link import Link, LinkState
 from wove_ws_sync.options import DeliveryOptions, LinkOptions
 from wove_ws_sync.session import Session
@@ -17,6 +23,16 @@ from wove_ws_sync.testing import ManualClock, MemoryTransport
 from wove_ws_sync.timing import Deadline
 
 WAIT = 10.0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until another thread has made *condition* true."""
+    waiting = threading.Event()
+    for _ in range(int(WAIT * 200)):
+        if condition():
+            return
+        waiting.wait(0.005)
+    raise TimeoutError("it did not come true")
 
 
 class Fixture:
@@ -293,3 +309,114 @@ def test_closing_ends_runs_and_threads(make: Callable[..., Fixture]) -> None:
     fixture.link.close(WAIT)
     assert fixture.next()["type"] == "task_cancelled"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("wove-ws-")]
+
+
+def reconnect(fixture: Fixture) -> MemoryTransport:
+    """Put a new peer in the place of the lost one."""
+    fixture.transport = MemoryTransport(fixture.clock)
+    fixture.link._dial = fixture.transport.dial
+    return fixture.transport
+
+
+def test_what_had_not_left_goes_out_over_the_next_connection(make: Callable[..., Fixture]) -> None:
+    """The caller of a run that nobody can have seen hears nothing of the loss."""
+    fixture = make()
+    fixture.link.connect(Deadline())
+    lost = fixture.transport
+    lost.reading = False
+    fixture.submit("r1", wait=False)
+    reconnect(fixture)
+    lost.hang_up(1012, "restart")
+    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    fixture.clock.advance(1.0)
+    assert fixture.transport.sent(1)[0]["run_id"] == "r1"
+    fixture.transport.feed({"type": "task_result", "run_id": "r1"})
+    assert fixture.next()["type"] == "task_result"
+
+
+def test_requeue_delivers_again_and_says_so(make: Callable[..., Fixture]) -> None:
+    """The second delivery carries its number; the run has one end."""
+    fixture = make()
+    fixture.submit("r1", delivery_orphan_policy="requeue")
+    fixture.transport.sent(1)
+    lost = fixture.transport
+    reconnect(fixture)
+    lost.hang_up()
+    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    fixture.clock.advance(1.0)
+    [frame] = fixture.transport.sent(1)
+    assert (frame["run_id"], frame["attempt"]) == ("r1", 2)
+    fixture.transport.feed({"type": "task_result", "run_id": "r1"})
+    assert fixture.next()["type"] == "task_result"
+    assert fixture.link.stats()["requeues"] == 1
+
+
+def test_dials_back_off_and_honour_the_peers_wish(make: Callable[..., Fixture]) -> None:
+    """0.1 s, 0.16 s ... without jitter here; Retry-After when it is longer; one dial for all."""
+    fixture = make()
+    fixture.link._spread = lambda: 0.0
+    dials: list[float] = []
+    errors: list[BaseException] = [
+        ConnectionRefusedError("no"),
+        ConnectionRefusedError("no"),
+        HandshakeRejected("busy", status=503, retry_after=7.0),
+    ]
+    real = fixture.transport.dial
+
+    def dial(*args: Any, **kwargs: Any) -> MemoryTransport:
+        dials.append(fixture.clock.monotonic())
+        if errors:
+            raise errors.pop(0)
+        return real(*args, **kwargs)
+
+    fixture.link._dial = dial
+    fixture.submit("r1", delivery_timeout=60.0)
+    fixture.submit("r2", delivery_timeout=60.0)
+    for number, delay in ((1, 0.1), (2, 0.16), (3, 7.0)):
+        wait_for(lambda number=number: len(dials) == number and fixture.link.state is LinkState.BACKOFF)
+        fixture.clock.advance(delay * 0.9)
+        fixture.clock.advance(delay * 0.11)
+    assert len(fixture.transport.sent(2)) == 2
+    assert [round(later - sooner, 2) for sooner, later in zip(dials, dials[1:], strict=False)] == [0.1, 0.16, 7.07]
+
+
+def test_a_deadline_ends_a_run_while_nobody_answers(make: Callable[..., Fixture]) -> None:
+    """Waiting for a connection counts like any other waiting."""
+    fixture = make()
+    fixture.transport.dial_error = ConnectionRefusedError("no")
+    fixture.submit("r1", delivery_timeout=3.0)
+    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    fixture.clock.advance(3.0)
+    assert isinstance(fixture.next()["exception"], DeliveryTimeout)
+
+
+def test_without_a_deadline_hope_ends_with_the_resume_window(make: Callable[..., Fixture]) -> None:
+    """Nothing may wait for ever for a worker that does not come back."""
+    fixture = make(resume_window=10.0)
+    fixture.link._spread = lambda: 0.0
+    fixture.submit("r1", delivery_orphan_policy="requeue")
+    fixture.transport.sent(1)
+    lost = fixture.transport
+    reconnect(fixture).dial_error = ConnectionRefusedError("no")
+    lost.hang_up()
+    for _ in range(3):
+        wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+        dials = fixture.link.stats()["dials"]
+        fixture.clock.advance(4.0)
+        wait_for(lambda dials=dials: fixture.link.stats()["dials"] > dials)
+    assert isinstance(fixture.next()["exception"], ConnectionRefusedError)
+
+
+def test_a_fatal_answer_ends_whoever_waits(make: Callable[..., Fixture]) -> None:
+    """401 after a loss: no dial loop."""
+    fixture = make()
+    fixture.submit("r1", delivery_orphan_policy="requeue", delivery_timeout=60.0)
+    fixture.transport.sent(1)
+    lost = fixture.transport
+    reconnect(fixture).dial_error = AuthenticationRejected("no", status=401)
+    lost.hang_up()
+    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    fixture.clock.advance(1.0)
+    assert isinstance(fixture.next()["exception"], AuthenticationRejected)
+    assert fixture.link.state is LinkState.FATAL
+    assert fixture.link.stats()["dials"] == 2

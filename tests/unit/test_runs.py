@@ -243,24 +243,66 @@ def test_slots_hold_back_and_let_go_in_order() -> None:
     assert runs.take_ready() == []
 
 
-def test_loss_ends_every_run() -> None:
-    """ConnectionLost for each, saying whether it may have run."""
+def test_loss_ends_what_a_worker_may_have_seen() -> None:
+    """ConnectionLost for each, saying that it may have run, and how the connection ended."""
     runs = table()
-    on_its_way(runs, make_run("sent"))
-    runs.register(make_run("queued"), 0.0)
-    errors = {item["run_id"]: item["exception"] for item in delivered(runs.lost(1006, "gone"))}
-    assert all(isinstance(error, ConnectionLost) for error in errors.values())
-    assert errors["sent"].maybe_executed and not errors["queued"].maybe_executed
-    assert errors["sent"].close_code == 1006
+    on_its_way(runs, make_run())
+    [ended] = delivered(runs.lost(1006, "gone", max_requeues=3))
+    error = ended["exception"]
+    assert isinstance(error, ConnectionLost)
+    assert error.maybe_executed
+    assert (error.close_code, error.attempt) == (1006, 1)
     assert len(runs) == 0
 
 
-@pytest.mark.parametrize("policy", ["fail", "requeue", "detach"])
+@pytest.mark.parametrize("policy", ["cancel", "fail", "requeue", "detach"])
+@pytest.mark.parametrize("receipt", [None, Receipt(started=False, sent_at=None), Receipt(started=True, sent_at=None)])
+def test_loss_sends_again_what_had_not_left(policy: str, receipt: Receipt | None) -> None:
+    """Nobody can have seen it, so every policy allows it; it is in line once, and as the first attempt."""
+    runs = table()
+    run = make_run(delivery_orphan_policy=policy)
+    runs.register(run, 0.0)
+    if receipt is not None:
+        runs.take_ready()
+        runs.sent(run, receipt, 0.0)
+    for _ in range(2):
+        assert delivered(runs.lost(None, "", max_requeues=0)) == []
+    assert runs.take_ready() == [run]
+    assert (run.attempt, run.message) == (1, b"{}")
+
+
+def test_requeue_sends_again_a_limited_number_of_times() -> None:
+    """A run that kills every worker it meets must come to an end."""
+    runs = table()
+    run = on_its_way(runs, make_run(delivery_orphan_policy="requeue"))
+    for attempt in (2, 3):
+        runs.receive(event("task_started"), 1.0)
+        assert delivered(runs.lost(None, "", max_requeues=2)) == []
+        assert runs.take_ready() == [run]
+        assert run.attempt == attempt
+        runs.sent(run, Receipt(), 2.0)
+    [ended] = delivered(runs.lost(None, "", max_requeues=2))
+    assert ended["exception"].attempt == 3
+    assert runs.requeues == 2
+
+
+def test_a_requeued_run_keeps_its_slot_and_its_deadline() -> None:
+    """Another attempt is the same run: same place, same clock."""
+    runs = table()
+    options = {"delivery_orphan_policy": "requeue", "delivery_max_in_flight": 1, "delivery_timeout": 5.0}
+    first = on_its_way(runs, make_run("first", **options))
+    runs.register(make_run("second", **options), 0.0)
+    runs.lost(None, "", max_requeues=3)
+    assert runs.take_ready() == [first]
+    assert [item["run_id"] for item in delivered(runs.tick(5.0))] == ["first", "second"]
+
+
+@pytest.mark.parametrize("policy", ["fail", "detach"])
 def test_loss_keeps_woves_text_for_its_policies(policy: str) -> None:
     """Programs match on it."""
     runs = table()
     on_its_way(runs, make_run(delivery_orphan_policy=policy))
-    [ended] = delivered(runs.lost(None, ""))
+    [ended] = delivered(runs.lost(None, "", max_requeues=3))
     assert str(ended["exception"]) == (
         f"Task 'task' orphaned after receiver failure in environment 'env' (policy='{policy}')."
     )

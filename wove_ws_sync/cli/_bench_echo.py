@@ -20,7 +20,8 @@ async def _echo(connection: ServerConnection) -> None:
 
 
 async def _main() -> None:
-    async with serve(_echo, "127.0.0.1", 0, compression=None, max_size=None) as server:
+    # No pings: the connection may rest while other cases are measured.
+    async with serve(_echo, "127.0.0.1", 0, compression=None, max_size=None, ping_interval=None) as server:
         port = server.sockets[0].getsockname()[1]
         print(f"ws://127.0.0.1:{port}/", flush=True)
         await asyncio.to_thread(sys.stdin.read)

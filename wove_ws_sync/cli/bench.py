@@ -40,10 +40,20 @@ def register(subparsers: Any) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="few samples, within about twenty seconds")
     add("--json", action="store_true", help="print one object instead of tables")
-    add("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE",
-        help=f"which of {', '.join(CASES)} (default: all)")
-    add("--repeat", type=_positive, metavar="N",
-        help=f"rounds of each case (default: {_ROUNDS}, or {_QUICK_ROUNDS} with --quick)")
+    add(
+        "--cases",
+        nargs="+",
+        choices=list(CASES),
+        default=list(CASES),
+        metavar="CASE",
+        help=f"which of {', '.join(CASES)} (default: all)",
+    )
+    add(
+        "--repeat",
+        type=_positive,
+        metavar="N",
+        help=f"rounds of each case (default: {_ROUNDS}, or {_QUICK_ROUNDS} with --quick)",
+    )
     parser.set_defaults(run=_run)
 
 

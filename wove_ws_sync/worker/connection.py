@@ -23,7 +23,7 @@ from ..frames import InvalidMessage, encode
 from .commands import CancelTask, Command, Ignored, MalformedRun, RunTask, read
 from .engines import Engine
 from .jobs import Job, cancelled_event, error_event, plain_error
-from .runs import Run, RunState, RunTable, Stopped
+from .runs import Run, RunState, RunTable
 
 __all__ = ["HostConnection", "Outbox"]
 
@@ -33,6 +33,8 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 _SMALL = 64 * 1024
 #: A larger message leaves in pieces of this size, so that pings and pongs get in between.
 _FRAGMENT = 1024 * 1024
+#: How long ``task_started`` may wait for the end of a short task, in seconds.
+_SOON = 0.002
 #: Log records that wait for a slow host; further ones are dropped and counted.
 _MAX_QUEUED_LOGS = 2000
 
@@ -48,12 +50,23 @@ class Outbox:
         self._loop = loop
         self._items: collections.deque[tuple[Run, str, bytes]] = collections.deque()
         self._awake = False
+        self._looking = False
+
+    def look_soon(self) -> None:
+        """Have the loop look by itself in a moment: a short task then needs one wake-up, not two."""
+        if not self._looking:
+            self._looking = True
+            self._loop.call_later(_SOON, self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        self._drain()
 
     def post(self, run: Run, kind: str, event: bytes) -> None:
         """Queue what happened to *run*. Any thread, never blocks."""
         self._items.append((run, kind, event))
-        # The drain clears the flag before it looks, so what is appended is seen or wakes it again.
-        if not self._awake:
+        # The drain clears the flags before it looks, so what is appended is seen or wakes it again.
+        if not self._awake and not (self._looking and kind == "started"):
             self._awake = True
             try:
                 self._loop.call_soon_threadsafe(self._drain)
@@ -149,6 +162,7 @@ class HostConnection:
             return
         run.job = Job(command, functools.partial(self._outbox.post, run), self._limit)
         self._expect_beats(run)
+        self._outbox.look_soon()
         try:
             self._engine.submit(run.job)
         except RuntimeError as exc:  # no more threads, or the service is stopping
@@ -166,14 +180,15 @@ class HostConnection:
         stopped = self._engine.cancel(run.job)
         if not self._runs.cancelled(run, stopped, mode):
             return
-        if stopped is Stopped.UNSTOPPABLE:
-            run.job.abandoned = True
+        run.job.abandoned = True
+        run.job = None
         self._send(cancelled_event(run.run_id, run.task_id))
 
     def _drop_runs(self) -> None:
         for run in self._runs.clear():
             run.job.abandoned = True
             self._engine.cancel(run.job)
+            run.job = None
 
     def happened(self, run: Run, kind: str, event: bytes) -> None:
         """Take what a job reports of *run*: "started", "log" or "ended"."""
@@ -185,6 +200,7 @@ class HostConnection:
                 self._send(event)
             else:
                 self._counters["late_result"] += 1
+            run.job = None  # the two know each other, which only the collector would undo
         elif run.state is RunState.RUNNING:
             self._log(event)
 

@@ -27,6 +27,9 @@ __all__ = ["Engine", "ThreadEngine", "default_workers", "make_engine"]
 _logger = logging.getLogger("wove_ws_sync.worker")
 _numbers = itertools.count()
 
+#: Threads that start with the service; further ones start with the tasks that need them.
+_EARLY_THREADS = 64
+
 
 def default_workers() -> int:
     """Return how many tasks run at once unless someone says otherwise."""
@@ -38,6 +41,9 @@ class Engine(Protocol):
 
     name: str
     workers: int
+
+    def start(self) -> None:
+        """Get ready to run jobs. Raises RuntimeError if there are not enough threads to be had."""
 
     def submit(self, job: Job) -> None:
         """Have ``job.run`` called as soon as there is a free slot."""
@@ -69,6 +75,15 @@ class ThreadEngine:
         self.workers = workers or default_workers()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix=f"wove-ws-task-{next(_numbers)}")
         self._loop = _TaskLoop()
+
+    def start(self) -> None:
+        """See Engine. Starting a thread while others keep the interpreter busy would stall the service."""
+        gate = threading.Event()
+        try:
+            for _ in range(min(self.workers, _EARLY_THREADS)):
+                self._pool.submit(gate.wait)
+        finally:
+            gate.set()
 
     def submit(self, job: Job) -> None:
         """See Engine."""

@@ -51,7 +51,8 @@ class WorkerService:
     authentication. ``engine`` is a name or an Engine, ``workers`` the number of its slots
     (default: CPUs + 4, at most 32). ``ssl_context`` makes it wss. ``max_message_bytes``
     (default 256 MiB) is the largest message accepted from a host. ``insecure`` allows to
-    listen beyond loopback without TLS and security.
+    listen beyond loopback without TLS and security. ``counters`` tells what was refused,
+    ignored or dropped, by reason.
 
     Raises ValueError or TypeError for wrong arguments and RuntimeError for a secret that
     is missing from the environment; ``start()`` raises OSError if the port is taken.
@@ -122,6 +123,17 @@ class WorkerService:
         loop = asyncio.get_running_loop()
         self._outbox = Outbox(loop)
         self._beats = _BeatTimer(loop)
+        try:
+            self._engine.start()
+            self._server = await self._listen()
+        except BaseException:
+            self._engine.close(0.0)
+            raise
+        logs.install()
+        self._warn()
+        _logger.info("Listening on %s with %d %s.", self.url, self._engine.workers, self._engine.name)
+
+    async def _listen(self) -> Server:
         server = await serve(
             self._serve_host,
             self._host or None,
@@ -140,19 +152,13 @@ class WorkerService:
             ssl=self._ssl_context,
         )
         addresses = [sock.getsockname() for sock in server.sockets]
-        if (
-            is_local_host(self._host)
-            and not self._insecure
-            and not all(is_local_host(a[0]) for a in addresses)
-        ):
+        strange = [address[0] for address in addresses if not is_local_host(address[0])]
+        if strange and is_local_host(self._host) and not self._insecure:
             server.close()  # a hosts file can give the name localhost to any address
             await server.wait_closed()
-            raise ValueError(f"{self._host!r} is no loopback address on this machine; listen on 127.0.0.1.")
+            raise ValueError(f"{self._host!r} is {strange[0]} on this machine; listen on 127.0.0.1.")
         self._port = addresses[0][1]
-        self._server = server
-        logs.install()
-        self._warn()
-        _logger.info("Listening on %s with %d %s.", self.url, self._engine.workers, self._engine.name)
+        return server
 
     def _warn(self) -> None:
         if self._auth.mode == "none":
@@ -199,11 +205,11 @@ class WorkerService:
             self.counters["wrong_path"] += 1
             _logger.info("Refused %s with 404: it asked for another path.", peer)
             return connection.respond(404, "404 Not Found\n")
-        if self._auth.mode == "none" and not self._insecure:
-            if is_foreign_page(request.headers.get_all("Origin")):
-                self.counters["foreign_page"] += 1
-                _logger.warning("Refused %s with 403: a web page must not run code here.", peer)
-                return connection.respond(403, "403 Forbidden\n")
+        unprotected = self._auth.mode == "none" and not self._insecure
+        if unprotected and is_foreign_page(request.headers.get_all("Origin")):
+            self.counters["foreign_page"] += 1
+            _logger.warning("Refused %s with 403: a web page must not run code here.", peer)
+            return connection.respond(403, "403 Forbidden\n")
         try:
             self._auth.verify(request.headers.get_all, request.path)
         except PermissionError as exc:
