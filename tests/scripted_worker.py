@@ -13,7 +13,7 @@ import base64
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from typing import Any
 
@@ -117,10 +117,13 @@ class Connection:
 
 
 class ScriptedWorker:
-    """A context manager: a listener on loopback whose connections do what a test says."""
+    """A context manager: a listener on loopback whose connections do what a test says.
 
-    def __init__(self, *headers: str) -> None:
-        self._headers = headers or ("X-Wove-Sync: 1",)
+    A *foreign* one does not answer our header, as a worker of another make.
+    """
+
+    def __init__(self, *, foreign: bool = False) -> None:
+        self._headers = () if foreign else ("X-Wove-Sync: 1",)
         self._connections: SimpleQueue[Connection] = SimpleQueue()
         self._listener = Listener(self._serve)
 
@@ -155,7 +158,7 @@ class ScriptedWorker:
 class Face:
     """One of our ways to run something; ``outcome`` returns a value or raises what a user gets."""
 
-    def submit(self) -> str:
+    def submit(self, **delivery: Any) -> str:
         """Send a run and return its id."""
         raise NotImplementedError
 
@@ -189,8 +192,8 @@ class FuturesFace(Face):
         self.pool = WebSocketExecutor(url, **config)
         self.futures: dict[str, Any] = {}
 
-    def submit(self) -> str:
-        future = self.pool.submit(task)
+    def submit(self, **delivery: Any) -> str:
+        future = self.pool.with_options(**delivery).submit(task)
         self.futures[future.run_id] = future
         return future.run_id
 
@@ -219,10 +222,10 @@ class SyncFace(Face):
         self.terminal: dict[str, dict[str, Any]] = {}
         self.count = 0
 
-    def submit(self) -> str:
+    def submit(self, **delivery: Any) -> str:
         self.count += 1
         run_id = f"run-{self.count}"
-        self.executor.send(run_frame(run_id))
+        self.executor.send(run_frame(run_id, delivery=delivery))
         return run_id
 
     def outcome(self, run_id: str) -> Any:
@@ -260,10 +263,10 @@ class ShimFace(Face):
         """Run *coroutine* in the loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE)
 
-    def submit(self) -> str:
+    def submit(self, **delivery: Any) -> str:
         self.count += 1
         run_id = f"run-{self.count}"
-        self.call(self.executor.send(run_frame(run_id)))
+        self.call(self.executor.send(run_frame(run_id, delivery=delivery)))
         return run_id
 
     def outcome(self, run_id: str) -> Any:
@@ -298,13 +301,13 @@ FACES: dict[str, Callable[..., Face]] = {"futures": FuturesFace, "sync": SyncFac
 
 @contextlib.contextmanager
 def face_on(
-    kind: str, runs: int, **config: Any
+    kind: str, runs: int, *, foreign: bool = False, delivery: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[Face, Connection, list[str], ScriptedWorker]]:
     """Give a face of *kind* with that many *runs* in flight, the connection they came by, and their ids."""
-    with ScriptedWorker() as worker:
-        face = FACES[kind](worker.url, **config)
+    with ScriptedWorker(foreign=foreign) as worker:
+        face = FACES[kind](worker.url)
         try:
-            ids = [face.submit() for _ in range(runs)]
+            ids = [face.submit(**(delivery or {})) for _ in range(runs)]
             connection = worker.connection()
             connection.commands(runs)
             yield face, connection, ids, worker

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ from . import payloads, security
 from .errors import DeliveryTimeout
 from .frames import TERMINAL_EVENTS
 from .link import LinkState
-from .options import LinkOptions
+from .options import DeliveryOptions, LinkOptions
 from .session import Session, open_session
 from .sync import NOT_STARTED, check_frame, frame_delivery, run_defaults
 
@@ -29,6 +28,8 @@ __all__ = ["AsyncWebSocketEnvironmentExecutor"]
 # Up to this many bytes of pickles are sent from the loop's own thread without blocking it;
 # more goes through a thread that may wait for the network.
 _INLINE_BYTES = 256 * 1024
+# So many small messages share a system call, while the worker begins with the ones before.
+_TOGETHER = 32
 
 
 class _Inbox:
@@ -70,8 +71,25 @@ class _Group:
         self.starts = 0
         self._arrived: deque[dict[str, Any]] = deque()
         self._scheduled = False
+        self._unsent: int | None = None
         self._beating: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, command: Mapping[str, Any], delivery: DeliveryOptions) -> None:
+        """Send without blocking. The first message of a loop turn leaves at once, the others together."""
+        if self._unsent is None:
+            self._unsent = 0
+            self.loop.call_soon(self._flush)
+            self.session.submit(command, delivery, self.sink, wait=False)
+        else:
+            self._unsent += 1
+            flush = self._unsent % _TOGETHER == 0
+            self.session.submit(command, delivery, self.sink, wait=False, flush=flush)
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self.session.link.flush()
+        self._unsent = None
 
     def sink(self, event: dict[str, Any]) -> None:
         """Take an event from one of the link's threads; many events make one wake-up."""
@@ -185,11 +203,10 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
             return
         delivery = frame_delivery(frame, group.defaults)
         command = payloads.encode_frame(frame)
-        submit = functools.partial(group.session.submit, command, delivery, group.sink)
         if sum(len(value) for value in command.values() if isinstance(value, bytes)) <= _INLINE_BYTES:
-            submit(wait=False)
+            group.submit(command, delivery)
         else:
-            await asyncio.to_thread(submit)
+            await asyncio.to_thread(group.session.submit, command, delivery, group.sink)
         if delivery.delivery_heartbeat_seconds is not None:
             group.keep_beating(frame["run_id"], delivery.delivery_heartbeat_seconds)
             await asyncio.sleep(0)

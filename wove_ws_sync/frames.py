@@ -24,6 +24,8 @@ __all__ = [
     "with_attempt",
 ]
 
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
 COMMANDS = frozenset({"run_task", "cancel_task", "shutdown"})
 TERMINAL_EVENTS = frozenset({"task_result", "task_error", "task_cancelled"})
 EVENTS = TERMINAL_EVENTS | {"task_started", "heartbeat", "log"}
@@ -77,22 +79,25 @@ class Decoded(NamedTuple):
 def encode(frame: Mapping[str, Any]) -> bytes:
     """Return *frame* as compact UTF-8 JSON.
 
-    Values of type bytes are spliced in as they are, between quotes: they must be base64
-    text, which needs no escape, and may be large (no copy through the JSON encoder).
+    Values of type bytes under a key that ends in ``_pickle`` are spliced in as they are,
+    between quotes: they are base64 text, which needs no escape, and may be large (no copy
+    through the JSON encoder).
 
     Raises TypeError or ValueError for what JSON cannot express.
     """
-    spliced = [(key, value) for key, value in frame.items() if isinstance(value, bytes)]
-    plain = {key: value for key, value in frame.items() if not isinstance(value, bytes)}
-    head = json.dumps(plain, separators=(",", ":")).encode("utf-8")
+    plain: dict[str, Any] = {}
+    spliced: list[bytes] = []
+    for key, value in frame.items():
+        if isinstance(value, bytes) and key.endswith("_pickle"):
+            spliced += [b',"', key.encode("ascii"), b'":"', value, b'"']
+        else:
+            plain[key] = value
+    head = _to_json(plain).encode("utf-8")
     if not spliced:
         return head
-    pieces = [head[:-1]]
-    for key, value in spliced:
-        comma = b"," if len(pieces) > 1 or plain else b""
-        pieces += [comma, json.dumps(key).encode("utf-8"), b':"', value, b'"']
-    pieces.append(b"}")
-    return b"".join(pieces)
+    if not plain:
+        spliced[0] = b'"'
+    return b"".join([head[:-1], *spliced, b"}"])
 
 
 def with_attempt(message: bytes, attempt: int) -> bytes:

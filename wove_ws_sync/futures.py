@@ -17,7 +17,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, ParamSpec, TypeVar
 from uuid import uuid4
 
@@ -32,6 +32,8 @@ __all__ = ["RunFuture", "WebSocketExecutor"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+# So many messages of map() share a system call, while the worker begins with the ones before.
+_TOGETHER = 32
 _DELIVERY_KEYS = frozenset(field.name for field in dataclasses.fields(DeliveryOptions))
 
 
@@ -186,7 +188,16 @@ class _Core:
         for future in pending:
             future.abandon_after_fork()
 
-    def submit(self, future: RunFuture[Any], fn: Any, kwargs: dict[str, Any], delivery: DeliveryOptions) -> None:
+    def submit(
+        self,
+        future: RunFuture[Any],
+        fn: Any,
+        kwargs: dict[str, Any],
+        delivery: DeliveryOptions,
+        *,
+        send: bool = True,
+    ) -> None:
+        """Start *future*; without *send* its message leaves with the next one."""
         session: Session | None = None
         try:
             with self.lock:
@@ -203,7 +214,7 @@ class _Core:
                 **payloads.encode_frame({"callable": fn, "args": kwargs}),
                 "delivery": delivery.as_frame(kwargs),
             }
-            session.submit(command, delivery, future._on_event)
+            session.submit(command, delivery, future._on_event, wait=send, flush=send)
         except Exception as exc:
             if session is None:
                 raise
@@ -215,6 +226,11 @@ class _Core:
                 session.cancel(future.run_id)
             self.ended(future)
             raise
+
+    def flush(self) -> None:
+        session = self.session
+        if session is not None and not session.foreign:
+            session.link.flush()
 
     def ended(self, future: RunFuture[Any]) -> None:
         with self.lock:
@@ -320,16 +336,31 @@ class WebSocketExecutor(concurrent.futures.Executor):
             raise ValueError("buffersize must be None or > 0")
         ends_at = None if timeout is None else time.monotonic() + timeout
         items = zip(*iterables)  # noqa: B905  # stops at the shortest, as the standard library does
+        batched = all(isinstance(iterable, Sized) for iterable in iterables)
         if chunksize == 1:
-            return self._results(fn, items, ends_at, buffersize)
+            return self._results(fn, items, ends_at, buffersize, batched)
         chunks = ((chunk,) for chunk in _chunks(items, chunksize))
-        return itertools.chain.from_iterable(self._results(_chunk_runner(fn), chunks, ends_at, buffersize))
+        return itertools.chain.from_iterable(self._results(_chunk_runner(fn), chunks, ends_at, buffersize, batched))
 
     def _results(
-        self, fn: Callable[..., Any], items: Iterator[tuple[Any, ...]], ends_at: float | None, ahead: int | None
+        self,
+        fn: Callable[..., Any],
+        items: Iterator[tuple[Any, ...]],
+        ends_at: float | None,
+        ahead: int | None,
+        batched: bool,
     ) -> Iterator[Any]:
         """Submit now, yield later; what is yielded is forgotten here."""
-        futures = deque(self.submit(fn, *item) for item in itertools.islice(items, ahead))
+        futures: deque[RunFuture[Any]] = deque()
+        try:
+            for item in itertools.islice(items, ahead):
+                # The next item of a sized iterable comes at once: its message may share a system call.
+                send = not batched or len(futures) % _TOGETHER == 0
+                future: RunFuture[Any] = RunFuture(_new_run_id(fn), self._core)
+                self._core.submit(future, functools.partial(fn, *item), {}, self._delivery, send=send)
+                futures.append(future)
+        finally:
+            self._core.flush()
         # The iterator must not keep a forgotten executor alive.
         submit = functools.partial(_submit_more, weakref.ref(self._owner), self._delivery, fn)
 

@@ -159,11 +159,12 @@ class Link:
 
     # -- runs --------------------------------------------------------------------
 
-    def submit(self, run: Run, *, wait: bool = True) -> None:
+    def submit(self, run: Run, *, wait: bool = True, flush: bool = True) -> None:
         """Take *run* in and send it, now or as soon as there is a connection and a slot.
 
         With *wait* the call returns when the message has left this process, at the run's
-        deadline at the latest; without, and in the link's own threads, it never blocks.
+        deadline at the latest; without, and in the link's own threads, it never blocks. With
+        neither *wait* nor *flush* it leaves with the next message, or by :meth:`flush`.
 
         Raises ValueError for a run_id in flight, ExecutorClosed after :meth:`close`.
         """
@@ -180,6 +181,8 @@ class Link:
             self._start()
         elif wait and isinstance(run.receipt, Parcel) and not self.in_own_thread():
             connection.push(run.receipt, run.deadline)
+        elif wait or flush:
+            connection.flush()
         self._apply(effects)
 
     def find(self, run_id: str) -> Run | None:
@@ -333,6 +336,7 @@ class Link:
         where = (self.options.host, self.options.port)
         _note(_log, logging.INFO, "connected to %s:%s", *where, extra=self._extra("connect"))
         self._apply(effects)
+        connection.flush()
         connection.waker.wake()
 
     def _take(self, connection: Connection, message: bytes | bytearray) -> None:
@@ -526,9 +530,14 @@ class Link:
         finally:  # an exception that strikes a caller's thread must not cost other runs their end
             for effect in rest:
                 self._act(effect)
+        if effects:
+            self.flush()  # cancels, and runs that got a slot
+
+    def flush(self) -> None:
+        """Send what was submitted with ``flush=False``, as far as it goes without blocking."""
         connection = self._connection
         if connection is not None:
-            connection.flush()  # cancels, and runs that got a slot
+            connection.flush()
 
     def _act(self, effect: Effect) -> None:
         if isinstance(effect, Deliver):

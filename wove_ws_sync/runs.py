@@ -43,8 +43,17 @@ _TERMINAL_STATES = frozenset({RunState.DONE, RunState.CANCELLED, RunState.TIMED_
 class Receipt(Protocol):
     """What the transport knows of one queued message."""
 
-    started: bool
-    sent_at: float | None
+    @property
+    def started(self) -> bool:
+        """Tell whether a byte of it may have left."""
+
+    @property
+    def sent_at(self) -> float | None:
+        """Return when the last byte left, None before."""
+
+    @property
+    def maybe_sent(self) -> bool:
+        """Tell whether the last byte may have left, noted or not."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -80,8 +89,7 @@ class Run:
     @property
     def maybe_executed(self) -> bool:
         """Tell whether the whole run had left this process, so that a worker may have seen it."""
-        # An answer may overtake the sending thread's note that the last byte has left.
-        return self.answered or (self.receipt is not None and self.receipt.sent_at is not None)
+        return self.answered or (self.receipt is not None and self.receipt.maybe_sent)
 
 
 class Deliver(NamedTuple):

@@ -8,6 +8,7 @@ variables are read anew for each handshake, so that a rotated secret is picked u
 from __future__ import annotations
 
 import ipaddress
+import marshal
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,13 +25,32 @@ __all__ = [
     "loopback_only",
 ]
 
+# What weaves configure again and again; each starts with its executor_config.
+_known: dict[bytes, LinkOptions] = {}
+_MOST_KNOWN = 64
+
 
 def link_options(config: Mapping[str, Any]) -> LinkOptions:
     """Return the options for an ``executor_config`` that may be dialled.
 
     Raises TypeError or ValueError for what is wrong in it, RuntimeError if the environment
     variable of the secret is not set; the texts are Wove's where it has one. Thread-safe.
+    A configuration that was found right is not checked again.
     """
+    try:
+        key = marshal.dumps(dict(config))
+    except (ValueError, TypeError):  # holds something else than plain values: a path, say
+        return _checked_options(config)
+    options = _known.get(key)
+    if options is None:
+        options = _checked_options(config)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = options
+    return options
+
+
+def _checked_options(config: Mapping[str, Any]) -> LinkOptions:
     options = LinkOptions.from_config(config)
     security = _security(options)
     if not options.insecure and not _is_local(options):

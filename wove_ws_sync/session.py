@@ -58,11 +58,12 @@ class Session:
         sink: Callable[[dict[str, Any]], None],
         *,
         wait: bool = True,
+        flush: bool = True,
     ) -> Run:
         """Send one ``run_task`` frame whose Python values are pickled already.
 
-        Its events go to *sink*, called in the reader or watchdog thread. With *wait* the
-        call blocks until the frame left this process or the run's deadline came.
+        Its events go to *sink*, called in the reader or watchdog thread. *wait* and *flush*
+        are those of ``Link.submit``.
 
         Raises ValueError for a frame larger than ``max_message_bytes`` or a run_id in flight.
         """
@@ -79,7 +80,7 @@ class Session:
         limit = self.link.options.max_message_bytes
         if len(run.message) > limit:
             raise too_large(run.run_id, len(run.message), limit)
-        self.link.submit(run, wait=wait)
+        self.link.submit(run, wait=wait, flush=flush)
         return run
 
     def cancel(self, run_id: str) -> None:

@@ -35,6 +35,10 @@ class Receipt:
     started: bool = False
     sent_at: float | None = None
 
+    @property
+    def maybe_sent(self) -> bool:
+        return self.sent_at is not None
+
 
 class Runs(RuleBasedStateMachine):
     """A link without a socket: what it would do to its table, in any order."""

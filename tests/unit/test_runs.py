@@ -19,6 +19,10 @@ class Receipt:
     started: bool = True
     sent_at: float | None = 0.0
 
+    @property
+    def maybe_sent(self) -> bool:
+        return self.sent_at is not None
+
 
 def make_run(run_id: str = "r", **delivery: Any) -> Run:
     return Run(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import dataclasses
 import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -124,7 +123,8 @@ class Job:
 
     def forget(self) -> None:
         """Drop the payload of a job that will never run; its place in a queue may live on for long."""
-        self._command = dataclasses.replace(self._command, callable_pickle="", args_pickle=None)
+        command = self._command
+        self._command = RunTask(command.run_id, command.task_id, "", None, None, command.cancel_mode)
 
     async def drive(self, awaitable: Awaitable[Any]) -> None:
         """Await what the task returned and report how it ended. Never raises."""

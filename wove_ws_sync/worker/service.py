@@ -41,6 +41,7 @@ _SMALLEST_LIMIT = 4096
 _PING_INTERVAL = 20.0
 _PING_TIMEOUT = 60.0
 _CLOSE_TIMEOUT = 1.0
+_READ_BYTES = 64 * 1024
 
 
 class WorkerService:
@@ -227,6 +228,8 @@ class WorkerService:
     async def _serve_host(self, connection: ServerConnection) -> None:
         assert self._outbox is not None and self._beats is not None and connection.request is not None
         _set_user_timeout(connection)
+        # asyncio makes a buffer of this size for each read, and 256 KiB cost a system call or two more.
+        connection.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         ours = _is_ours(connection.request)
         limit = _announced_limit(connection.request) if ours else _FOREIGN_LIMIT
         host = HostConnection(
