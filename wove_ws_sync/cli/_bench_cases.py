@@ -129,14 +129,19 @@ class Ground:
     ) -> None:
         self._stack.close()
 
-    def echo(self) -> websocket.WebSocket:
-        """Return a connection of websocket-client to an echo server in a process of its own."""
+    def echoes(self) -> tuple[websocket.WebSocket, websocket.WebSocket]:
+        """Return two connections of websocket-client to an echo server in a process of its own.
+
+        The first is the library as it comes, the second is spared its check of UTF-8.
+        """
         command = [sys.executable, "-m", f"{__package__}._bench_echo"]
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         server = self._stack.enter_context(_server(command, {**os.environ, "PYTHONPATH": paths}))
-        connection = websocket.create_connection(server, timeout=_TIMEOUT, skip_utf8_validation=True)
-        self._stack.callback(connection.close)
-        return connection
+        plain = websocket.create_connection(server, timeout=_TIMEOUT)
+        self._stack.callback(plain.close)
+        unchecked = websocket.create_connection(server, timeout=_TIMEOUT, skip_utf8_validation=True)
+        self._stack.callback(unchecked.close)
+        return plain, unchecked
 
     def processes(self) -> ProcessPoolExecutor:
         """Return a pool of processes, one for each CPU."""
@@ -218,12 +223,12 @@ def weave(ground: Ground, quick: bool) -> Case:
 
 def roundtrip(ground: Ground, quick: bool) -> Case:
     """One submit and its result, against an echo of as many bytes."""
-    times, connection, pool = 100 if quick else 500, ground.echo(), ground.pool
+    times, (plain, unchecked), pool = 100 if quick else 500, ground.echoes(), ground.pool
     names = {"type": "run_task", "run_id": f"noop:{'0' * 32}", "task_id": "noop"}
     pickles = payloads.encode_frame({"callable": noop, "args": {}})
     message = frames.encode({**names, **pickles, "delivery": DeliveryOptions().as_frame({})}).decode()
 
-    def echo() -> None:
+    def echo(connection: websocket.WebSocket) -> None:
         connection.send(message)
         _check(connection.recv(), message)
 
@@ -235,10 +240,14 @@ def roundtrip(ground: Ground, quick: bool) -> Case:
         f"one round trip of {len(message)} bytes",
         "µs",
         (
-            Contestant("echo", _median(times, 1e-6, echo)),
+            Contestant("echo", _median(times, 1e-6, lambda: echo(plain))),
+            Contestant("echo, UTF-8 unchecked", _median(times, 1e-6, lambda: echo(unchecked))),
             Contestant("ours", _median(times, 1e-6, submit)),
         ),
-        (Ratio("submit().result() / bare echo", "ours", "echo", 3.0, at_most=True),),
+        (
+            Ratio("submit().result() / bare echo", "ours", "echo", 3.0, at_most=True),
+            Ratio("the same / unchecked echo", "ours", "echo, UTF-8 unchecked", 3.0, at_most=True),
+        ),
     )
 
 
