@@ -7,6 +7,7 @@ link's state lock, starts a thread.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from . import frames
 from ._waker import Waker
@@ -15,6 +16,9 @@ from .timing import Clock, Deadline
 from .transport import Parcel, Transport, TransportClosed
 
 __all__ = ["Connection"]
+
+# The longest single wait of a thread that sends, in seconds.
+_PATIENCE = 1.0
 
 
 class Connection:
@@ -52,18 +56,25 @@ class Connection:
 
     # -- writing -----------------------------------------------------------------
 
-    def push(self, parcel: Parcel, deadline: Deadline) -> None:
-        """Send until *parcel* has left or *deadline* has come; then others go on with the rest."""
+    def push(self, parcel: Parcel, deadline: Deadline, given_up: Callable[[], bool]) -> None:
+        """Send until *parcel* has left or *deadline* has come; then others go on with the rest.
+
+        *given_up* is asked once a second whether the message was taken back meanwhile.
+        """
         assert self.transport is not None
-        remaining = deadline.remaining(self._clock.monotonic())
-        if not self._write_lock.acquire(timeout=-1 if remaining is None else remaining):
-            return
-        try:
-            self.transport.pump(parcel, deadline.remaining(self._clock.monotonic()))
-        except TransportClosed:
-            pass  # the reader sees it too and tells every run
-        finally:
-            self._write_lock.release()
+        while not parcel.sent and not given_up():
+            remaining = deadline.remaining(self._clock.monotonic())
+            if remaining == 0.0:
+                break
+            patience = _PATIENCE if remaining is None else min(remaining, _PATIENCE)
+            if not self._write_lock.acquire(timeout=patience):
+                continue
+            try:
+                self.transport.pump(parcel, patience)
+            except TransportClosed:
+                return  # the reader sees it too and tells every run
+            finally:
+                self._write_lock.release()
         self.flush()
 
     def flush(self) -> None:

@@ -177,13 +177,14 @@ class Link:
             moment = self._next_decision()
             connection = self._connection
         self._mind(moment)
+        if effects:
+            self._apply(effects)
         if connection is None:
             self._start()
         elif wait and isinstance(run.receipt, Parcel) and not self.in_own_thread():
-            connection.push(run.receipt, run.deadline)
+            connection.push(run.receipt, run.deadline, lambda: run.terminal)
         elif wait or flush:
             connection.flush()
-        self._apply(effects)
 
     def find(self, run_id: str) -> Run | None:
         """Return the run if it is on its way."""
@@ -220,7 +221,10 @@ class Link:
             connection = self._connection
             if self._state in (LinkState.CLOSING, LinkState.CLOSED):
                 return
-            self._set_state(LinkState.CLOSING if connection else LinkState.CLOSED)
+            if connection is not None and connection.dial_at is not None:  # nobody was dialled yet
+                connection.error = TransportClosed("closed by this side")
+                self._connection = None
+            self._set_state(LinkState.CLOSING if self._connection else LinkState.CLOSED)
             effects: list[Effect] = []
             for session in {run.session for run in self._table.of_all()}:
                 effects += self._table.abandon(session)
@@ -235,7 +239,8 @@ class Link:
         if connection is not None and not self.in_own_thread():
             connection.over.wait(timeout)
             connection.cut("closed by this side")
-            connection.over.wait(1.0)
+            if connection.transport is not None:  # a dial ends by its own deadline
+                connection.over.wait(1.0)
 
     def abandon_after_fork(self) -> None:
         """Close the inherited descriptors in a forked child and nothing else; takes no lock."""

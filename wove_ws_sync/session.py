@@ -141,8 +141,11 @@ def close_links(timeout: float | None = None) -> None:
         _links.clear()
     for link in closing:
         link.start_closing()
-    for link in closing:
-        link.close(link.options.close_timeout if timeout is None else timeout)
+    clock = Clock()
+    started = clock.monotonic()
+    for link in closing:  # all at once: the last one gets no more time than the first
+        limit = link.options.close_timeout if timeout is None else timeout
+        link.close(max(0.0, started + limit - clock.monotonic()))
 
 
 @_fork.in_child

@@ -163,16 +163,25 @@ def _ended(link: Link, run: Any) -> None:
 
 
 def test_stop_of_the_sync_executor(worker: LoopbackWorker) -> None:
-    """stop() returns at once, whatever is stuck, and ends the runs."""
+    """stop() returns at once, whatever is stuck, ends the runs and frees who waits in send() and recv()."""
     executor = SyncWebSocketEnvironmentExecutor()
     config = {**worker.config, "ping_interval": 30.0, "pong_timeout": 30.0}
     executor.start(environment_name="e", environment_config=config, run_config={})
     stop(worker)
     with within(1.0):
         executor.send(run_frame("r1", args={"a": LARGE}, delivery={"delivery_timeout": 1.0}))
-        executor.send(run_frame("r2", delivery={"delivery_timeout": 60.0}))
-    with within(0.0):
-        executor.stop()
+    event = executor.recv(WAIT)
+    assert event["run_id"] == "r1" and isinstance(event["exception"], DeliveryTimeout)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        sending = threads.submit(executor.send, run_frame("r2"))
+        while the_link(worker).stats()["runs"] == 0:
+            time.sleep(0.01)
+        receiving = threads.submit(executor.recv)
+        with within(0.0):
+            executor.stop()
+        with within(1.0):
+            sending.result(WAIT)
+            assert receiving.result(WAIT)["type"] == "task_cancelled"
     with within(2.0):
         close_links()
 
@@ -229,8 +238,8 @@ def test_a_weave_keeps_its_deadline(worker: LoopbackWorker) -> None:
         def small(item: int) -> int:
             return item
 
-    with pytest.raises(wove.DeliveryTimeoutError):
-        _ = w.result.large
+    with pytest.raises(wove.DeliveryTimeoutError):  # the first one ends its siblings
+        _ = w.result.small, w.result.large
     go_on(worker)
     with weave() as w:
         w.do(environment="socket_workers")(warm_up)
@@ -243,7 +252,7 @@ def warm_up() -> int:
 
 @pytest.mark.parametrize("full", [False, True], ids=["idle", "full buffer"])
 def test_a_dead_peer_is_noticed_without_any_deadline(worker: LoopbackWorker, full: bool) -> None:
-    """ping_interval + pong_timeout after the last byte, also with a full send buffer; later all works again."""
+    """ping_interval + pong_timeout after the last byte, with a full send buffer too; then all works again."""
     timing = {"ping_interval": 0.5, "pong_timeout": 0.5, "open_timeout": 1.0, "resume_window": 0.5}
     with pool_on(worker, **timing) as pool, concurrent.futures.ThreadPoolExecutor(1) as thread:
         sent = pool.submit(forever)
@@ -287,7 +296,8 @@ HOST = """
     from wove_ws_sync import WebSocketExecutor
 
     url, secret, kind = sys.argv[1:]
-    config = {"url": url, "security": {"type": "signed", "secret": secret}, "ping_interval": 1.0, "pong_timeout": 1.0}
+    config = {"url": url, "security": {"type": "signed", "secret": secret}}
+    config.update(ping_interval=1.0, pong_timeout=1.0)
 
     def long():
         import time
@@ -314,7 +324,7 @@ HOST = """
 
 @pytest.mark.parametrize("kind", ["futures", "weave"])
 def test_a_suspended_host_does_not_kill_a_healthy_run(worker: LoopbackWorker, kind: str) -> None:
-    """Stopped for four seconds with a heartbeat of one: what arrived meanwhile is read before it is judged."""
+    """Stopped for four seconds with a heartbeat of one: what arrived is read before it is judged."""
     secret = (worker.security or {})["secret"]
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(HOST), worker.url, secret, kind],
@@ -339,7 +349,7 @@ def test_a_suspended_host_does_not_kill_a_healthy_run(worker: LoopbackWorker, ki
 @pytest.mark.parametrize("foreign", [False, True], ids=["ours", "upstream"])
 @pytest.mark.parametrize("kind", ["futures", "sync", "shim"])
 def test_a_silent_worker(kind: str, foreign: bool) -> None:
-    """At the heartbeat deadline, twice the value for a worker that is not ours: cancel_task and DeliveryTimeout."""
+    """DeliveryTimeout and cancel_task at the heartbeat deadline, at twice the value for a foreign worker."""
     allowed = 1.0 if foreign else 0.5
     started = time.monotonic()
     silence = {"delivery_heartbeat_seconds": 0.5}

@@ -44,7 +44,7 @@ def test_table_of_one_case() -> None:
     done = run("--cases", "roundtrip", "--repeat", "2", "--quick")
     assert (done.returncode, done.stderr) == (0, "")
     assert "round trip" in done.stdout and "2 rounds" in done.stdout and "large" not in done.stdout
-    [verdict] = [line for line in done.stdout.splitlines() if "goal <= 3" in line]
+    verdict = next(line for line in done.stdout.splitlines() if "goal <= 3" in line)
     assert "submit().result() / bare echo" in verdict and verdict.endswith(("ok", "missed"))
 
 
