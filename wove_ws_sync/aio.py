@@ -20,6 +20,7 @@ from .errors import DeliveryTimeout
 from .frames import TERMINAL_EVENTS
 from .link import LinkState
 from .options import DeliveryOptions, LinkOptions
+from .runs import Run
 from .session import Session, open_session
 from .sync import NOT_STARTED, check_frame, frame_delivery, run_defaults
 
@@ -75,16 +76,15 @@ class _Group:
         self._beating: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, command: Mapping[str, Any], delivery: DeliveryOptions) -> None:
+    def submit(self, command: Mapping[str, Any], delivery: DeliveryOptions) -> Run:
         """Send without blocking. The first message of a loop turn leaves at once, the others together."""
         if self._unsent is None:
             self._unsent = 0
             self.loop.call_soon(self._flush)
-            self.session.submit(command, delivery, self.sink, wait=False)
-        else:
-            self._unsent += 1
-            flush = self._unsent % _TOGETHER == 0
-            self.session.submit(command, delivery, self.sink, wait=False, flush=flush)
+            return self.session.submit(command, delivery, self.sink, wait=False)
+        self._unsent += 1
+        flush = self._unsent % _TOGETHER == 0
+        return self.session.submit(command, delivery, self.sink, wait=False, flush=flush)
 
     def _flush(self) -> None:
         if self._unsent:
@@ -204,10 +204,10 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         delivery = frame_delivery(frame, group.defaults)
         command = payloads.encode_frame(frame)
         if sum(len(value) for value in command.values() if isinstance(value, bytes)) <= _INLINE_BYTES:
-            group.submit(command, delivery)
+            run = group.submit(command, delivery)
         else:
-            await asyncio.to_thread(group.session.submit, command, delivery, group.sink)
-        if delivery.delivery_heartbeat_seconds is not None:
+            run = await asyncio.to_thread(group.session.submit, command, delivery, group.sink)
+        if delivery.delivery_heartbeat_seconds is not None and not run.terminal:
             group.keep_beating(frame["run_id"], delivery.delivery_heartbeat_seconds)
             await asyncio.sleep(0)
 
@@ -222,7 +222,9 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
             # Wove takes any TimeoutError for the end of the task's own timeout and cancels.
             event["exception"] = wove.DeliveryTimeoutError(str(error))
         elif isinstance(error.__cause__, payloads.RemoteTraceback):
-            with contextlib.suppress(Exception):  # an exception may refuse attributes: a frozen dataclass, say
+            with contextlib.suppress(
+                Exception
+            ):  # an exception may refuse attributes: a frozen dataclass, say
                 error.add_note(str(error.__cause__))  # Wove raises it "from None", which drops the cause
         return event
 
@@ -264,5 +266,5 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
             return here
         # Code that runs outside the context of start(): clear only if there is one in this loop.
         loop = asyncio.get_running_loop()
-        groups = [group for group in self._groups if group.loop is loop and group.starts]
+        groups = [group for group in list(self._groups) if group.loop is loop and group.starts]
         return (groups[0], groups[0].inboxes[0]) if len(groups) == 1 else None

@@ -29,6 +29,8 @@ class Connection:
     def __init__(self, generation: int, clock: Clock, dial_at: float) -> None:
         self.generation = generation
         self.dial_at: float | None = dial_at
+        self.told_to_wait = False
+        self.up_since = 0.0
         self.waker = Waker()
         self.transport: Transport | None = None
         self.error: BaseException | None = None
@@ -39,8 +41,10 @@ class Connection:
         self.watchdog: threading.Thread | None = None
         self.watching_until: float | None = 0.0
         self._clock = clock
-        # Held around one transport.pump(); the reader never waits for it.
-        self._write_lock = threading.Lock()
+        # Held around one transport.pump(); the reader never waits for it. An RLock because that one
+        # knows its owner; a second pump() inside the first is prevented by _writer, its thread.
+        self._write_lock = threading.RLock()
+        self._writer = 0
         self._stuck = False
         self._pinged_at: float | None = None
 
@@ -66,31 +70,45 @@ class Connection:
             remaining = deadline.remaining(self._clock.monotonic())
             if remaining == 0.0:
                 break
-            patience = _PATIENCE if remaining is None else min(remaining, _PATIENCE)
-            if not self._write_lock.acquire(timeout=patience):
-                continue
             try:
-                self.transport.pump(parcel, patience)
+                self._pump(parcel, _PATIENCE if remaining is None else min(remaining, _PATIENCE))
             except TransportClosed:
                 return  # the reader sees it too and tells every run
-            finally:
-                self._write_lock.release()
         self.flush()
 
     def flush(self) -> None:
         """Send what goes without blocking; the rest is for whoever holds the lock, or the watchdog."""
         transport = self.transport
-        while transport is not None and transport.wants_write and self._write_lock.acquire(blocking=False):
+        while transport is not None and transport.wants_write:
             try:
-                done = transport.pump()
+                done = self._pump(None, 0.0)
             except TransportClosed:
                 return
-            finally:
-                self._write_lock.release()
-            if not done:
+            if done is False:
                 self._stuck = True
-                self.waker.wake()
+                if threading.current_thread() is not self.watchdog:  # which looks at _stuck before it sleeps
+                    self.waker.wake()
+            if not done:
                 return
+
+    def _pump(self, parcel: Parcel | None, timeout: float) -> bool | None:
+        """Call ``transport.pump()`` under the write lock; return None if that was not to be had in time."""
+        me = threading.get_ident()
+        if self.transport is None or self._writer == me:  # in a signal handler or finalizer inside pump()
+            return None
+        try:
+            if not self._write_lock.acquire(timeout=timeout):
+                return None
+            self._writer = me
+            return self.transport.pump(parcel, timeout)
+        finally:
+            # Ctrl-C may strike right behind acquire(): what counts is whether this thread has the lock.
+            if self._writer == me:
+                self._writer = 0
+            try:  # noqa: SIM105  # entering a context manager would be one more place for it to strike
+                self._write_lock.release()
+            except RuntimeError:
+                pass
 
     def wait(self, timeout: float | None) -> None:
         """Wait in the watchdog for a moment or a nudge; go on writing when the peer reads again."""

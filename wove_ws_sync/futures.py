@@ -26,7 +26,7 @@ from wove.runtime import runtime
 from . import _fork, payloads, security
 from .errors import DeliveryCancelled, ExecutorClosed, ForkedError
 from .options import DeliveryOptions, LinkOptions
-from .session import Session, open_session
+from .session import Session, exiting, open_session
 
 __all__ = ["RunFuture", "WebSocketExecutor"]
 
@@ -34,6 +34,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 # So many messages of map() share a system call, while the worker begins with the ones before.
 _TOGETHER = 32
+_CANCELLED = concurrent.futures._base.CANCELLED
 _DELIVERY_KEYS = frozenset(field.name for field in dataclasses.fields(DeliveryOptions))
 
 
@@ -50,6 +51,7 @@ class RunFuture(concurrent.futures.Future[_T]):
         self._pid = os.getpid()
         self._session: Session | None = None
         self._started = False
+        self._unwanted = False
         self._acknowledged = False
         self._event: dict[str, Any] | None = None
         # Held while the result is unpickled, so that it happens once.
@@ -74,9 +76,21 @@ class RunFuture(concurrent.futures.Future[_T]):
         self._check_process()
         if not self.done() and self._session is not None:
             self._session.cancel(self.run_id)
-            if not self._in_links_thread():
+            if not self._in_links_thread() and not exiting():
                 concurrent.futures.wait([self])
         return self.cancelled()
+
+    def _ask_to_cancel(self) -> None:
+        """Cancel without waiting for an acknowledgement."""
+        self._unwanted = True  # for a submit() that is still pickling
+        if not self.done() and self._session is not None:
+            self._session.cancel(self.run_id)
+
+    def _cancel_soon(self) -> None:
+        """Cancel from a finalizer: takes no lock."""
+        session = self._session
+        if session is not None and not session.foreign:
+            session.link.cancel_soon(self.run_id)
 
     def result(self, timeout: float | None = None) -> _T:
         """Return what the task returned, or raise what it raised, unpickled in this thread.
@@ -102,6 +116,8 @@ class RunFuture(concurrent.futures.Future[_T]):
             )
         ends_at = None if timeout is None else time.monotonic() + timeout
         try:
+            if exiting() and not self.done():  # asked by another function that runs at exit
+                raise concurrent.futures.CancelledError
             super().exception(timeout)
         except concurrent.futures.CancelledError:
             raise DeliveryCancelled(
@@ -110,13 +126,18 @@ class RunFuture(concurrent.futures.Future[_T]):
         if self._event is None:
             return
         # Another thread may be unpickling: this one keeps its own deadline.
-        remaining = -1 if ends_at is None else min(max(0.0, ends_at - time.monotonic()), threading.TIMEOUT_MAX)
-        if not self._decoding.acquire(timeout=remaining):
-            raise TimeoutError
+        remaining = (
+            -1 if ends_at is None else min(max(0.0, ends_at - time.monotonic()), threading.TIMEOUT_MAX)
+        )
         try:
+            if not self._decoding.acquire(timeout=remaining):
+                raise TimeoutError
             self._load()
         finally:
-            self._decoding.release()
+            try:  # noqa: SIM105  # no call may come between an exception that strikes and the release
+                self._decoding.release()
+            except RuntimeError:  # not acquired
+                pass
 
     def _load(self) -> None:
         """Unpickle what the run brought, unless that is done. Hold ``_decoding``."""
@@ -128,6 +149,12 @@ class RunFuture(concurrent.futures.Future[_T]):
         else:
             self._result = decoded["result"]
         self._event = None
+
+    def _get_snapshot(self) -> Any:
+        # How newer versions of asyncio read a finished future, instead of result() and exception().
+        if self.done() and not self.cancelled():
+            self._decode(0)
+        return super()._get_snapshot()  # type: ignore[misc]
 
     def _in_links_thread(self) -> bool:
         return self._session is not None and self._session.link.in_own_thread()
@@ -154,13 +181,18 @@ class RunFuture(concurrent.futures.Future[_T]):
             self._started = True
         elif kind == "task_cancelled":
             self._acknowledged = bool(event.get("acknowledged"))
-            if super().cancel():
+            with self._condition:  # notified first: a callback may wait for this future, or raise SystemExit
+                self._state = _CANCELLED
                 self.set_running_or_notify_cancel()
+                self._condition.notify_all()
+            self._core.ended(self)
+            self._invoke_callbacks()  # type: ignore[attr-defined]  # the standard library's own, untyped
         elif kind in ("task_result", "task_error"):
             self._event = event
-            self.set_result(None)  # type: ignore[arg-type]  # the value is decoded when it is asked for
-        if self.done():
-            self._core.ended(self)
+            try:
+                self.set_result(None)  # type: ignore[arg-type]  # the value is decoded when it is asked for
+            finally:
+                self._core.ended(self)
 
 
 class _Core:
@@ -215,6 +247,8 @@ class _Core:
                 "delivery": delivery.as_frame(kwargs),
             }
             session.submit(command, delivery, future._on_event, wait=send, flush=send)
+            if future._unwanted:
+                session.cancel(future.run_id)
         except Exception as exc:
             if session is None:
                 raise
@@ -264,7 +298,12 @@ class _Owner:
         session = self.core.session
         if session is not None and not self.core.closed and not session.foreign:
             session.drop()
-            warnings.warn(f"unclosed {self.core!r}; use it in a with statement", ResourceWarning, source=self)
+            warnings.warn(
+                f"unclosed {self.core!r}; use it in a with statement",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
 
 
 class WebSocketExecutor(concurrent.futures.Executor):
@@ -287,7 +326,9 @@ class WebSocketExecutor(concurrent.futures.Executor):
         config.update(settings)
         if url is not None:
             config["url"] = url
-        self._delivery = DeliveryOptions(**{key: value for key, value in delivery.items() if value is not None})
+        self._delivery = DeliveryOptions(
+            **{key: value for key, value in delivery.items() if value is not None}
+        )
         self._core = _Core(security.link_options(config), environment or "")
         self._owner = _Owner(self._core)
 
@@ -340,7 +381,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
         if chunksize == 1:
             return self._results(fn, items, ends_at, buffersize, batched)
         chunks = ((chunk,) for chunk in _chunks(items, chunksize))
-        return itertools.chain.from_iterable(self._results(_chunk_runner(fn), chunks, ends_at, buffersize, batched))
+        return _flattened(self._results(_chunk_runner(fn), chunks, ends_at, buffersize, batched))
 
     def _results(
         self,
@@ -370,9 +411,9 @@ class WebSocketExecutor(concurrent.futures.Executor):
                     if ahead is not None:
                         futures.extend(submit(item) for item in itertools.islice(items, 1))
                     yield _result_or_cancel(futures.popleft(), ends_at)  # no name here may keep the value
-            finally:
+            finally:  # perhaps in the garbage collector, and so under any lock: takes none
                 for future in futures:
-                    future.cancel()
+                    future._cancel_soon()
 
         return results()
 
@@ -385,8 +426,8 @@ class WebSocketExecutor(concurrent.futures.Executor):
         if cancel_futures:
             for future in pending:
                 if not future.running():
-                    future.cancel()
-        if wait and not any(future._in_links_thread() for future in pending):
+                    future._ask_to_cancel()
+        if wait and not exiting() and not any(future._in_links_thread() for future in pending):
             concurrent.futures.wait(pending)
 
 
@@ -395,7 +436,10 @@ def _new_run_id(fn: Any) -> str:
 
 
 def _submit_more(
-    owned: Callable[[], _Owner | None], delivery: DeliveryOptions, fn: Callable[..., Any], item: tuple[Any, ...]
+    owned: Callable[[], _Owner | None],
+    delivery: DeliveryOptions,
+    fn: Callable[..., Any],
+    item: tuple[Any, ...],
 ) -> RunFuture[Any]:
     owner = owned()
     if owner is None:
@@ -414,6 +458,11 @@ def _result_or_cancel(future: RunFuture[Any], ends_at: float | None) -> Any:
     finally:
         # A traceback of an exception raised here must not keep the future, and so the value.
         del future
+
+
+def _flattened(chunks: Iterator[list[Any]]) -> Iterator[Any]:
+    for chunk in chunks:
+        yield from chunk
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:

@@ -27,7 +27,7 @@ from . import frames, security
 from .connection import Connection
 from .errors import ExecutorClosed, HandshakeRejected
 from .options import LinkOptions
-from .runs import CancelAtWorker, Deliver, Effect, Run, RunTable
+from .runs import CancelAtWorker, Deliver, Effect, Run, RunTable, connection_lost
 from .timing import Backoff, Clock, Deadline
 from .transport import Parcel, Transport, TransportClosed, dial
 
@@ -45,17 +45,18 @@ _running = threading.local()
 # still has bytes to read: a process that was suspended reads first and judges then.
 _LOOK_AGAIN = 0.005
 _LOOKS = 20
+# A connection that lasted so many seconds was a good one, whatever came over it.
+_STABLE = 10.0
 
 
 class LinkState(enum.Enum):
-    """Where a link is; BACKOFF and DRAINING belong to reconnecting under runs in flight."""
+    """Where a link is. BACKOFF: runs wait for the next dial. FATAL: the worker refused this host."""
 
     IDLE = "idle"
     DIALING = "dialing"
     READY = "ready"
     LOST = "lost"
     BACKOFF = "backoff"
-    DRAINING = "draining"
     FATAL = "fatal"
     CLOSING = "closing"
     CLOSED = "closed"
@@ -80,6 +81,7 @@ class Link:
         self.pid = os.getpid()
         # Sessions whose executors were collected, for the watchdog: a finalizer may take no lock.
         self._dropped: SimpleQueue[Hashable] = SimpleQueue()
+        self._unwanted: SimpleQueue[str] = SimpleQueue()
         # State changes to log once the state lock is released.
         self._news: deque[tuple[LinkState, LinkState]] = deque()
         self._dial = dial
@@ -98,6 +100,7 @@ class Link:
         self._spread = spread
         # Dials in a row that brought nothing, and since when there is no connection.
         self._failures = 0
+        self._connecting = 0
         self._lost_at: float | None = None
         self._idle_since = self._clock.monotonic()
 
@@ -151,6 +154,13 @@ class Link:
         if connection is not None:
             connection.waker.wake()
 
+    def cancel_soon(self, run_id: str) -> None:
+        """Cancel a run from a finalizer: takes no lock, the watchdog does the rest."""
+        self._unwanted.put(run_id)
+        connection = self._connection
+        if connection is not None:
+            connection.waker.wake()
+
     def _forget(self, session: Hashable, idle_since: float) -> None:
         """Hold ``_state_lock``."""
         self._sessions.discard(session)
@@ -180,7 +190,13 @@ class Link:
         if effects:
             self._apply(effects)
         if connection is None:
-            self._start()
+            try:
+                self._start()
+            except BaseException as exc:  # no descriptor, no thread, Ctrl-C: nobody would send it
+                with self._state_lock:
+                    effects = [] if run.terminal else self._table.fail(run, exc)
+                self._apply(effects)
+                raise
         elif wait and isinstance(run.receipt, Parcel) and not self.in_own_thread():
             connection.push(run.receipt, run.deadline, lambda: run.terminal)
         elif wait or flush:
@@ -207,16 +223,29 @@ class Link:
         """
         connection = self._start()
         with self._changed:
-            while self._connection is connection and self._state in (LinkState.DIALING, LinkState.BACKOFF):
-                remaining = deadline.remaining(self._clock.monotonic())
-                if remaining == 0.0:
-                    raise TimeoutError("timed out during opening handshake")
-                self._changed.wait(remaining)
+            self._connecting += 1
+            try:
+                if self._state is LinkState.BACKOFF and not connection.told_to_wait:
+                    connection.dial_at = self._clock.monotonic()  # somebody asks: no use in waiting longer
+                    connection.waker.wake()
+                while self._connection is connection and self._state in (
+                    LinkState.DIALING,
+                    LinkState.BACKOFF,
+                ):
+                    remaining = deadline.remaining(self._clock.monotonic())
+                    if remaining == 0.0:
+                        raise TimeoutError("timed out during opening handshake")
+                    self._changed.wait(remaining)
+            finally:
+                self._connecting -= 1
         if connection.error is not None:
             raise _same_error(connection.error)
 
-    def start_closing(self) -> None:
-        """End every run by its policy and say goodbye; never blocks. Idempotent."""
+    def start_closing(self, *, tell: bool = True) -> None:
+        """End every run by its policy and say goodbye; never blocks. Idempotent.
+
+        Without *tell* the worker hears of it, but nobody in this process.
+        """
         with self._state_lock:
             connection = self._connection
             if self._state in (LinkState.CLOSING, LinkState.CLOSED):
@@ -228,7 +257,7 @@ class Link:
             effects: list[Effect] = []
             for session in {run.session for run in self._table.of_all()}:
                 effects += self._table.abandon(session)
-        self._apply(effects)
+        self._apply([effect for effect in effects if tell or isinstance(effect, CancelAtWorker)])
         if connection is not None:
             connection.say_goodbye()
 
@@ -271,14 +300,17 @@ class Link:
 
     def _begin(self, connection: Connection) -> None:
         """Start the watchdog, which starts the reader when it is time to dial."""
-        self._clock.subscribe(connection.waker.wake)
-        name = f"wove-ws-watchdog-{next(_numbers)}"
-        connection.watchdog = threading.Thread(target=self._watch, args=(connection,), name=name, daemon=True)
         try:
+            self._clock.subscribe(connection.waker.wake)
+            name = f"wove-ws-watchdog-{next(_numbers)}"
+            connection.watchdog = threading.Thread(
+                target=self._watch, args=(connection,), name=name, daemon=True
+            )
             connection.watchdog.start()
-        except RuntimeError as exc:  # the system gives no more threads
-            self._end(connection, exc)
-            connection.dispose()
+        except BaseException as exc:  # the system gives no more threads, or Ctrl-C
+            if connection.watchdog is None or not connection.watchdog.is_alive():
+                self._end(connection, exc)
+                connection.dispose()
             raise
 
     def _dial_if_due(self, connection: Connection, now: float) -> None:
@@ -288,18 +320,21 @@ class Link:
                 return
             connection.dial_at = None
             if self._state is LinkState.BACKOFF:
+                if not len(self._table) and not self._connecting:  # those who waited have been cancelled
+                    self._connection = None
+                    self._set_state(LinkState.IDLE)
+                    return
                 self._set_state(LinkState.DIALING)
             if self._state is not LinkState.DIALING:
                 return
             self._counts["dials"] += 1
         name = f"wove-ws-reader-{next(_numbers)}"
-        reader = threading.Thread(target=self._read, args=(connection,), name=name, daemon=True)
+        connection.reader = threading.Thread(target=self._read, args=(connection,), name=name, daemon=True)
         try:
-            reader.start()
-        except RuntimeError as exc:
+            connection.reader.start()
+        except RuntimeError as exc:  # the system gives no more threads
+            connection.reader = None
             self._end(connection, exc)
-        else:
-            connection.reader = reader
 
     def _set_state(self, state: LinkState) -> None:
         """Hold ``_state_lock``."""
@@ -334,7 +369,7 @@ class Link:
             connection.connected(transport)
             if self._connection is not connection or self._state is not LinkState.DIALING:
                 raise TransportClosed("closed by this side")
-            self._lost_at = None
+            connection.up_since = self._clock.monotonic()
             self._table.heartbeat_factor = 1.0 if transport.features is not None else 2.0
             self._set_state(LinkState.READY)
             effects = self._post_ready(self._clock.monotonic())
@@ -358,71 +393,85 @@ class Link:
             self._counts["events"] += len(decoded.events)
             for reason in decoded.ignored:
                 self._table.dropped[reason] += 1
+            if decoded.events:  # the handshake alone does not show that a worker is behind it
+                self._failures, self._lost_at = 0, None
             for event in decoded.events:
-                self._failures = 0
                 effects += self._table.receive(event, now)
             self._post_into(effects)
-            idle_until = self._idle_until()
+            moment = self._next_decision()
         self._apply(effects)
-        self._mind(idle_until)
+        self._mind(moment)
 
     def _end(self, connection: Connection, exc: BaseException) -> None:
         """End the connection, once; dial again after a while if runs wait for that."""
         connection.close_reason = connection.close_reason or getattr(exc, "reason", "") or str(exc)
+        if connection.transport is not None:
+            connection.flush()  # the answer to the peer's close frame
+            connection.transport.abort()  # before it is decided what had left: nothing may leave after that
         now = self._clock.monotonic()
+        code = getattr(exc, "close_code", None)
         with self._state_lock:
             if self._connection is not connection:
                 return
             self._connection = None
             closing = self._state is LinkState.CLOSING
             was_up = connection.transport is not None
-            self._set_state(LinkState.LOST if was_up else LinkState.FATAL if _is_fatal(exc) else LinkState.IDLE)
+            self._set_state(
+                LinkState.LOST if was_up else LinkState.FATAL if _is_fatal(exc) else LinkState.IDLE
+            )
             if was_up:
                 self._counts["losses"] += not closing
-                code = getattr(exc, "close_code", None)
                 effects = self._table.lost(code, connection.close_reason, self.options.max_requeues)
-                self._lost_at = now if self._lost_at is None else self._lost_at
+                if self._lost_at is None or now >= connection.up_since + _STABLE:
+                    self._lost_at, self._failures = now, 0
             else:
+                effects = []
                 connection.error = exc
-                effects = self._give_up(exc, now)
+            delay = self._backoff(exc)
+            effects += self._give_up(exc, now + delay, code, connection.close_reason)
             successor = None
             if closing:
                 self._set_state(LinkState.CLOSED)
             elif len(self._table):
-                successor = self._new_connection(now + self._backoff(exc))
-                self._set_state(LinkState.BACKOFF)
+                try:
+                    successor = self._new_connection(now + delay)
+                    successor.told_to_wait = getattr(exc, "retry_after", None) is not None
+                    self._failures += 1
+                    self._set_state(LinkState.BACKOFF)
+                except OSError as no_descriptor:
+                    for run in self._table.of_all():
+                        effects += self._table.fail(run, _same_error(no_descriptor))
+                    self._set_state(LinkState.IDLE)
             elif was_up:
                 self._set_state(LinkState.IDLE)
-        if connection.transport is not None:
-            connection.flush()  # the answer to the peer's close frame
-            connection.transport.abort()
-            if not closing:
-                reason = connection.close_reason
-                _note(_log, logging.INFO, "connection lost: %s", reason, extra=self._extra("lose"))
-        self._apply(effects)
+        if was_up and not closing:
+            reason = connection.close_reason
+            _note(_log, logging.INFO, "connection lost: %s", reason, extra=self._extra("lose"))
         connection.waker.wake()
-        if successor is not None:
+        if successor is not None:  # before any callback: the deadlines of those who wait go on
             with contextlib.suppress(RuntimeError):  # no thread to be had: every run was told
                 self._begin(successor)
+        self._apply(effects)
 
-    def _give_up(self, exc: BaseException, now: float) -> list[Effect]:
-        """End the runs that a failed dial leaves without hope. Hold ``_state_lock``.
+    def _give_up(self, exc: BaseException, dial_at: float, code: int | None, reason: str) -> list[Effect]:
+        """End the runs for which the next dial would come too late. Hold ``_state_lock``.
 
         A run with a ``delivery_timeout`` waits for a later dial until then; one without waits for
         ``resume_window``, and only if there was a connection before. Nothing waits for a fatal answer.
         """
-        patient = self._lost_at is not None and now < self._lost_at + self.options.resume_window
+        patient = self._lost_at is not None and dial_at < self._lost_at + self.options.resume_window
+        lost = isinstance(exc, TransportClosed)
         effects: list[Effect] = []
         for run in self._table.of_all():
             if _is_fatal(exc) or not (patient or run.deadline.at is not None):
-                effects += self._table.fail(run, _same_error(exc))
+                error = connection_lost(run, code, reason) if lost else _same_error(exc)
+                effects += self._table.fail(run, error)
         return effects
 
     def _backoff(self, exc: BaseException) -> float:
         """Return the seconds until the next dial. Hold ``_state_lock``."""
         backoff = Backoff(self.options.reconnect_initial_delay, self.options.reconnect_max_delay)
         delay = backoff.delay(self._failures, self._spread())
-        self._failures += 1
         return max(delay, getattr(exc, "retry_after", None) or 0.0)
 
     # -- the watchdog thread -----------------------------------------------------
@@ -442,6 +491,7 @@ class Link:
         looks = 0
         while self._connection is connection:
             self._bury_dropped_sessions()
+            self._cancel_unwanted()
             now = self._clock.monotonic()
             moment = self._next_moment(connection)
             if moment is None or moment > now:
@@ -490,6 +540,13 @@ class Link:
         connection.reader.join(self.options.close_timeout)
         connection.cut("idle")
 
+    def _cancel_unwanted(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                run = self.find(self._unwanted.get_nowait())
+                if run is not None:
+                    self.cancel(run)
+
     def _bury_dropped_sessions(self) -> None:
         """Close at once behind executors that were collected: their runs go on, their links do not linger."""
         with contextlib.suppress(Empty):
@@ -507,13 +564,14 @@ class Link:
             return []
         effects: list[Effect] = []
         limit = connection.transport.peer_max_message_bytes
-        for run in self._table.take_ready():
-            if limit is not None and len(run.message) > limit:
-                error = too_large(run.run_id, len(run.message), limit)
-                effects += self._table.fail(run, error)
-            else:
-                message = frames.with_attempt(run.message, run.attempt)
-                self._table.sent(run, connection.transport.post(message), now)
+        while ready := self._table.take_ready():  # a run that fails here gives its slot to another
+            for run in ready:
+                if limit is not None and len(run.message) > limit:
+                    error = too_large(run.run_id, len(run.message), limit)
+                    effects += self._table.fail(run, error)
+                else:
+                    message = frames.with_attempt(run.message, run.attempt)
+                    self._table.sent(run, connection.transport.post(message), now)
         return effects
 
     def _post_into(self, effects: list[Effect]) -> None:
@@ -559,6 +617,8 @@ class Link:
             _forward(run, event)
         try:
             run.sink(event)
+            if kind in frames.TERMINAL_EVENTS:
+                run.sink = _nobody  # its alarm may lie in the table for long, with all that the sink holds
         except BaseException as exc:  # a done-callback may call sys.exit()
             if not isinstance(exc, Exception) and not self.in_own_thread():
                 raise
@@ -601,6 +661,10 @@ def too_large(run_id: str, size: int, limit: int) -> ValueError:
     )
 
 
+def _nobody(event: dict[str, Any]) -> None:
+    pass
+
+
 def _is_fatal(exc: BaseException) -> bool:
     """Tell whether dialling again would only get the same answer."""
     if isinstance(exc, HandshakeRejected):
@@ -620,7 +684,12 @@ def _forward(run: Run, event: dict[str, Any]) -> None:
     """Give a task's log record to this side's logging."""
     level = logging.getLevelNamesMapping().get(str(event.get("level", "INFO")).upper(), logging.INFO)
     if _task_log.isEnabledFor(level):
-        extra = {"action": "log", "run_id": run.run_id, "task_id": run.task_id, "task_logger": event.get("logger")}
+        extra = {
+            "action": "log",
+            "run_id": run.run_id,
+            "task_id": run.task_id,
+            "task_logger": event.get("logger"),
+        }
         _note(_task_log, level, "%s", event.get("message", ""), extra=extra)
 
 

@@ -50,7 +50,9 @@ def encode_value(value: Any) -> bytes:
     """Return *value* as base64 text of its cloudpickle. Runs user code (``__reduce__``)."""
     # Plain values need none of what cloudpickle adds, and a tenth of its time.
     plain = value is None or type(value) in _PLAIN or (type(value) is dict and not value)
-    return base64.b64encode(pickle.dumps(value, pickle.HIGHEST_PROTOCOL) if plain else _cloudpickle().dumps(value))
+    return base64.b64encode(
+        pickle.dumps(value, pickle.HIGHEST_PROTOCOL) if plain else _cloudpickle().dumps(value)
+    )
 
 
 def decode_value(text: str | bytes) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import wove
 from wove import environment as wove_environment
 
+from . import _fork
 from .aio import AsyncWebSocketEnvironmentExecutor
 
 __all__ = ["config", "install", "uninstall"]
@@ -35,7 +36,8 @@ def install() -> None:
         original = getattr(wove_environment, _FACTORY, None)
         if original is None:
             raise RuntimeError(
-                f"wove {wove.__version__} builds its executors in another way; wove_ws_sync works with wove 2.0."
+                f"wove {wove.__version__} builds its executors in another way; "
+                "wove_ws_sync works with wove 2.0."
             )
         _original = original
         setattr(wove_environment, _FACTORY, _build)
@@ -46,7 +48,8 @@ def uninstall() -> None:
     global _original
     with _lock:
         if _original is not None:
-            setattr(wove_environment, _FACTORY, _original)
+            if getattr(wove_environment, _FACTORY) is _build:  # or somebody else patched Wove after us
+                setattr(wove_environment, _FACTORY, _original)
             _original = None
 
 
@@ -54,6 +57,12 @@ def config(**settings: Any) -> Any:
     """Call :func:`install`, then ``wove.config`` with the same keywords, and return what it returns."""
     install()
     return wove.config(**settings)
+
+
+@_fork.in_child
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
 
 
 def _build(name: str) -> wove.EnvironmentExecutor:

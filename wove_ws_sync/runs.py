@@ -20,16 +20,15 @@ from .frames import TERMINAL_EVENTS
 from .options import DeliveryOptions
 from .timing import Deadline
 
-__all__ = ["CancelAtWorker", "Deliver", "Effect", "Receipt", "Run", "RunState", "RunTable"]
+__all__ = ["CancelAtWorker", "Deliver", "Effect", "Receipt", "Run", "RunState", "RunTable", "connection_lost"]
 
 
 class RunState(enum.Enum):
-    """Where a run is. LIMBO is kept for runs that outlive a lost link."""
+    """Where a run is; the last four are final."""
 
     QUEUED = "queued"
     SENT = "sent"
     RUNNING = "running"
-    LIMBO = "limbo"
     CANCELLING = "cancelling"
     DONE = "done"
     CANCELLED = "cancelled"
@@ -37,6 +36,8 @@ class RunState(enum.Enum):
     ORPHANED = "orphaned"
 
 
+# So many connections may end inside one message before the message is taken for the reason.
+_MAX_CUTS = 3
 _TERMINAL_STATES = frozenset({RunState.DONE, RunState.CANCELLED, RunState.TIMED_OUT, RunState.ORPHANED})
 
 
@@ -60,7 +61,8 @@ class Receipt(Protocol):
 class Run:
     """One task execution on its way; mutable, guarded by the link's state lock.
 
-    ``sink`` takes the run's event frames, one call at a time, outside every lock.
+    ``sink`` takes the run's event frames, outside every lock, in whichever thread brings
+    them: the reader for what arrives, the watchdog for deadlines, a caller for cancels.
     """
 
     run_id: str
@@ -72,6 +74,7 @@ class Run:
     sink: Callable[[dict[str, Any]], None]
     deadline: Deadline = Deadline()
     attempt: int = 1
+    cuts: int = 0
     state: RunState = RunState.QUEUED
     receipt: Receipt | None = None
     life: float = 0.0
@@ -211,9 +214,15 @@ class RunTable:
         if run.terminal or run.state is RunState.CANCELLING:
             return []
         if run.receipt is None or not run.receipt.started:
-            return [CancelAtWorker(run), *self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=True))]
+            return [
+                CancelAtWorker(run),
+                *self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=True)),
+            ]
         if run.delivery.delivery_cancel_mode == "best_effort":
-            return [CancelAtWorker(run), *self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=False))]
+            return [
+                CancelAtWorker(run),
+                *self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=False)),
+            ]
         return self._await_ack(run, now, run.deadline.earliest(Deadline(now + self._cancel_ack_timeout)))
 
     # -- time --------------------------------------------------------------------
@@ -281,7 +290,9 @@ class RunTable:
         run.alarm = alarm
         heapq.heappush(self._alarms, (alarm, next(self._order), run))
         if len(self._alarms) > 64 + 2 * len(self._runs):
-            self._alarms = [entry for entry in self._alarms if not entry[2].terminal and entry[2].alarm == entry[0]]
+            self._alarms = [
+                entry for entry in self._alarms if not entry[2].terminal and entry[2].alarm == entry[0]
+            ]
             heapq.heapify(self._alarms)
 
     # -- endings -----------------------------------------------------------------
@@ -296,15 +307,20 @@ class RunTable:
         effects: list[Effect] = []
         for run in self.of_all():
             if run.state is RunState.CANCELLING:
-                effects += self._orphan(run, _connection_lost(run, close_code, reason))
+                effects += self._orphan(run, connection_lost(run, close_code, reason))
             elif not run.maybe_executed:
-                self._queue_again(run)
+                # A message inside which connection after connection ends is what ends them.
+                run.cuts += run.receipt is not None and run.receipt.started
+                if run.cuts > _MAX_CUTS:
+                    effects += self._orphan(run, connection_lost(run, close_code, reason))
+                else:
+                    self._queue_again(run)
             elif run.delivery.delivery_orphan_policy == "requeue" and run.attempt <= max_requeues:
                 run.attempt += 1
                 self.requeues += 1
                 self._queue_again(run)
             else:
-                effects += self._orphan(run, _connection_lost(run, close_code, reason))
+                effects += self._orphan(run, connection_lost(run, close_code, reason))
         return effects
 
     def _queue_again(self, run: Run) -> None:
@@ -408,7 +424,8 @@ def _cancelled(run: Run, *, acknowledged: bool) -> dict[str, Any]:
     }
 
 
-def _connection_lost(run: Run, close_code: int | None, reason: str) -> ConnectionLost:
+def connection_lost(run: Run, close_code: int | None, reason: str) -> ConnectionLost:
+    """Return the error of a run whose connection broke."""
     policy = run.delivery.delivery_orphan_policy
     if policy == "cancel":
         said = f" (close code {close_code}{': ' + reason if reason else ''})" if close_code else ""

@@ -20,13 +20,14 @@ from .options import DeliveryOptions, LinkOptions
 from .runs import Run
 from .timing import Clock, Deadline
 
-__all__ = ["Session", "close_links", "links", "open_session"]
+__all__ = ["Session", "close_links", "exiting", "links", "open_session"]
 
 _links: dict[LinkOptions, Link] = {}
 # Every link that may still hold a descriptor, also those that closed for want of users.
 _all_links: weakref.WeakSet[Link] = weakref.WeakSet()
 # Guards both; held for look-ups only.
 _links_lock = threading.Lock()
+_exiting = False
 
 
 class Session:
@@ -46,7 +47,7 @@ class Session:
 
     def connect(self) -> None:
         """Wait for a usable connection, ``open_timeout`` at most; raises what the dial raised."""
-        self._check_process()
+        self.check_process()
         clock = Clock()
         # The dial keeps its own deadline and says precisely what was wrong: give it a moment more.
         self.link.connect(Deadline.after(self.link.options.open_timeout + 1.0, clock.monotonic()))
@@ -62,12 +63,12 @@ class Session:
     ) -> Run:
         """Send one ``run_task`` frame whose Python values are pickled already.
 
-        Its events go to *sink*, called in the reader or watchdog thread. *wait* and *flush*
-        are those of ``Link.submit``.
+        Its events go to *sink*, called in the thread that brings them: reader, watchdog or a
+        caller. *wait* and *flush* are those of ``Link.submit``.
 
         Raises ValueError for a frame larger than ``max_message_bytes`` or a run_id in flight.
         """
-        self._check_process()
+        self.check_process()
         run = Run(
             run_id=command["run_id"],
             task_id=command["task_id"],
@@ -85,14 +86,14 @@ class Session:
 
     def cancel(self, run_id: str) -> None:
         """Cancel one of this session's runs by its cancel mode; unknown and ended runs are ignored."""
-        self._check_process()
+        self.check_process()
         run = self.link.find(run_id)
         if run is not None and run.session is self:
             self.link.cancel(run)
 
     def abandon(self) -> None:
         """End this session's runs, each by its orphan policy; the session stays usable."""
-        self._check_process()
+        self.check_process()
         self.link.abandon(self)
 
     def close(self) -> None:
@@ -105,7 +106,8 @@ class Session:
         if not self.foreign:
             self.link.drop(self)
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise ForkedError in a fork of the process that made the session."""
         if self.foreign:
             raise ForkedError(
                 "This session belongs to the parent of this forked process; make or start the executor here."
@@ -140,7 +142,7 @@ def close_links(timeout: float | None = None) -> None:
         closing = [link for link in _all_links if link.pid == os.getpid()]
         _links.clear()
     for link in closing:
-        link.start_closing()
+        link.start_closing(tell=not _exiting)
     clock = Clock()
     started = clock.monotonic()
     for link in closing:  # all at once: the last one gets no more time than the first
@@ -159,4 +161,14 @@ def _forget_links() -> None:
         link.abandon_after_fork()
 
 
-atexit.register(close_links)
+@atexit.register
+def _close_at_exit() -> None:
+    """Close without a word to futures: daemon threads that wait for them must not print tracebacks now."""
+    global _exiting
+    _exiting = True
+    close_links()
+
+
+def exiting() -> bool:
+    """Tell whether the interpreter ends, so that no more results come."""
+    return _exiting

@@ -7,11 +7,12 @@ table of its own; both are the link's.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from . import payloads, security
+from . import _fork, payloads, security
 from .errors import ExecutorClosed
 from .frames import COMMANDS
 from .options import DeliveryOptions
@@ -34,6 +35,7 @@ class SyncWebSocketEnvironmentExecutor:
         self._session: Session | None = None
         self._defaults: dict[str, Any] = {}
         self._events: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        _fork.forget_in_child(self)
 
     def __repr__(self) -> str:
         session = self._session
@@ -41,8 +43,14 @@ class SyncWebSocketEnvironmentExecutor:
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
-        if session is not None:
+        if session is not None and not session.foreign:
             session.drop()
+            warnings.warn(f"unclosed {self!r}; call its stop()", ResourceWarning, stacklevel=2, source=self)
+
+    def abandon_after_fork(self) -> None:
+        """Make fresh locks in a forked child; the session says there whose it is."""
+        self._lock = threading.Lock()
+        self._events = SimpleQueue()
 
     def start(
         self,
@@ -66,12 +74,7 @@ class SyncWebSocketEnvironmentExecutor:
         except BaseException:
             session.close()
             raise
-        with self._lock:
-            previous, self._session = self._session, session
-            self._defaults = run_defaults(run_config)
-            self._events = SimpleQueue()
-        if previous is not None:
-            previous.close()
+        self._replace(session, run_defaults(run_config))
 
     def send(self, frame: Mapping[str, Any]) -> None:
         """Send one command frame: ``run_task``, ``cancel_task`` or ``shutdown``.
@@ -82,11 +85,12 @@ class SyncWebSocketEnvironmentExecutor:
         Raises RuntimeError before ``start()``, ValueError for unknown types, ids in flight
         and frames over ``max_message_bytes``, and whatever pickling the arguments raises.
         """
-        session = self._started()
+        with self._lock:
+            session, events = self._started(), self._events
         kind = check_frame(frame)
         if kind == "run_task":
             delivery, encoded = frame_delivery(frame, self._defaults), payloads.encode_frame(frame)
-            session.submit(encoded, delivery, self._events.put)
+            session.submit(encoded, delivery, events.put)
         elif kind == "cancel_task":
             session.cancel(frame["run_id"])
         else:
@@ -98,8 +102,9 @@ class SyncWebSocketEnvironmentExecutor:
         *timeout* is in seconds, None waits without limit. Raises TimeoutError when no event
         came in time, ExecutorClosed when ``stop()`` ends the wait.
         """
-        self._started()
-        events = self._events
+        with self._lock:
+            self._started()
+            events = self._events
         try:
             event = events.get(timeout=timeout)
         except Empty:
@@ -111,16 +116,22 @@ class SyncWebSocketEnvironmentExecutor:
 
     def stop(self) -> None:
         """End this executor's runs by their orphan policies and let go of the link. Idempotent."""
+        self._replace(None, {})
+
+    def _replace(self, session: Session | None, defaults: dict[str, Any]) -> None:
         with self._lock:
-            session, self._session = self._session, None
-        if session is not None:
-            session.close()
-            self._events.put(None)
+            previous, self._session = self._session, session
+            events, self._events = self._events, SimpleQueue()
+            self._defaults = defaults
+        if previous is not None:
+            previous.close()
+            events.put(None)  # whoever waits in recv() hears of it
 
     def _started(self) -> Session:
         session = self._session
         if session is None:
             raise RuntimeError(NOT_STARTED)
+        session.check_process()
         return session
 
 

@@ -37,7 +37,9 @@ def record(ledger: str, number: int, gate: str) -> int:
 def submit_all(pool: WebSocketExecutor, path: Path, count: int) -> list[concurrent.futures.Future[int]]:
     ledger = path / "ledger"
     ledger.mkdir()
-    futures: list[Any] = [pool.submit(record, str(ledger), number, str(path / "gate")) for number in range(count)]
+    futures: list[Any] = [
+        pool.submit(record, str(ledger), number, str(path / "gate")) for number in range(count)
+    ]
     started, _ = concurrent.futures.wait(futures, 0.0)
     assert not started
     for _ in range(3000):
@@ -64,7 +66,7 @@ def test_f13_a_killed_worker_is_an_answer(worker: LoopbackWorker, tmp_path: Path
 
 
 def test_f13_requeue_brings_every_result(worker: LoopbackWorker, tmp_path: Path) -> None:
-    """kill -9 with 1,000 runs in flight, back within seconds: 1,000 right results, at most 2 executions each."""
+    """kill -9 with 1,000 runs in flight, back within seconds: 1,000 right results, 2 executions at most."""
     with WebSocketExecutor(worker.url, security=worker.security, delivery_orphan_policy="requeue") as pool:
         futures = submit_all(pool, tmp_path, 1000)
         worker.kill()

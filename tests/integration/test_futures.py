@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import gc
 import operator
@@ -241,7 +242,7 @@ def test_cancel_a_coroutine_is_acknowledged(pool: WebSocketExecutor) -> None:
 def test_delivery_timeout_of_a_view(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
     """with_options changes delivery on the same connection."""
     future = pool.with_options(delivery_timeout=0.2).submit(hold, gate())
-    with pytest.raises(DeliveryTimeout, match="Delivery timeout exceeded for task 'hold' \\(0.2s\\)"):
+    with pytest.raises(DeliveryTimeout, match=r"Delivery timeout exceeded for task 'hold' \(0\.2s\)"):
         future.result(WAIT)
 
 
@@ -405,7 +406,9 @@ def test_a_worker_that_is_not_there(worker: LoopbackWorker) -> None:
     close_links()
 
 
-def test_a_callback_that_would_wait_for_ever_is_told(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+def test_a_callback_that_would_wait_for_ever_is_told(
+    pool: WebSocketExecutor, gate: Callable[[], str]
+) -> None:
     """result() of another run in a done-callback raises; shutdown() there does not wait."""
     path = gate()
     pending = pool.submit(hold, path)
@@ -425,3 +428,49 @@ def test_a_callback_that_would_wait_for_ever_is_told(pool: WebSocketExecutor, ga
     assert "done-callback" in str(raised[0])
     open_gate(path)
     assert pending.result(WAIT) == "opened"
+
+
+def test_asyncio_reads_our_futures(pool: WebSocketExecutor) -> None:
+    """run_in_executor and wrap_future get values and exceptions, not what travels inside."""
+
+    async def use() -> tuple[int, BaseException]:
+        loop = asyncio.get_running_loop()
+        length = await loop.run_in_executor(pool, len, b"abc")
+        try:
+            await asyncio.wrap_future(pool.submit(operator.truediv, 1, 0))
+        except ZeroDivisionError as exc:
+            return length, exc
+        raise AssertionError("no error came")
+
+    length, error = asyncio.run(use())
+    assert length == 3
+    assert isinstance(error, ZeroDivisionError)
+
+
+def test_callbacks_of_a_cancelled_future_may_shut_down(
+    pool: WebSocketExecutor, gate: Callable[[], str]
+) -> None:
+    """When they run, the future has ended for everybody."""
+    future = pool.submit(hold, gate())
+    wait_running(future)
+    future.add_done_callback(lambda ended: pool.shutdown())
+    assert future.cancel()
+    assert concurrent.futures.wait([future], WAIT).done == {future}
+
+
+def test_a_collected_map_takes_no_lock(worker: LoopbackWorker, gate: Callable[[], str]) -> None:
+    """The rest of a forgotten iterator is cancelled by the watchdog: collection strikes under any lock."""
+    with WebSocketExecutor(worker.url, security=worker.security) as pool:
+        opened = gate()
+        open_gate(opened)
+        results = pool.map(hold, [opened, gate(), gate()])
+        assert next(results) == "opened"
+        rest = list(pool._core.pending)
+        session = pool._core.session
+        assert session is not None
+        with session.link._state_lock:
+            del results
+            gc.collect()
+        done, not_done = concurrent.futures.wait(rest, WAIT)
+        assert not not_done
+        assert all(future.cancelled() for future in done)

@@ -93,9 +93,7 @@ def test_an_untrusted_certificate_is_refused(worker: LoopbackWorker, another_ca:
     executor = SyncWebSocketEnvironmentExecutor()
     with pytest.raises(ssl.SSLCertVerificationError):
         executor.start(environment_name="e", environment_config=config, run_config={})
-    wove_ws_sync.config(
-        environments={"socket_workers": {"executor": "websocket", "executor_config": config}}
-    )
+    wove_ws_sync.config(environments={"socket_workers": {"executor": "websocket", "executor_config": config}})
     with pytest.raises(ssl.SSLCertVerificationError), weave() as w:
         w.do(environment="socket_workers")(echo_one)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
@@ -229,7 +230,9 @@ def test_odd_json_is_counted_and_hurts_nobody(make: Callable[..., Fixture], mess
     fixture.transport.feed({"events": [{"type": "task_result", "run_id": f"r{n}"} for n in range(100)]})
     assert {fixture.next()["run_id"] for _ in range(100)} == {f"r{n}" for n in range(100)}
     dropped = sum(count for key, count in fixture.link.stats().items() if key.startswith("dropped_"))
-    assert dropped == (0 if message in ([], {"events": []}) else len(message) if isinstance(message, list) else 1)
+    assert dropped == (
+        0 if message in ([], {"events": []}) else len(message) if isinstance(message, list) else 1
+    )
 
 
 def test_a_failing_receiver_hurts_only_itself(make: Callable[..., Fixture]) -> None:
@@ -242,7 +245,9 @@ def test_a_failing_receiver_hurts_only_itself(make: Callable[..., Fixture]) -> N
     command = {"type": "run_task", "run_id": "broken", "task_id": "task", "delivery": {}}
     fixture.session.submit(command, DeliveryOptions(), broken)
     fixture.submit("r1")
-    fixture.transport.feed({"type": "task_result", "run_id": "broken"}, {"type": "task_result", "run_id": "r1"})
+    fixture.transport.feed(
+        {"type": "task_result", "run_id": "broken"}, {"type": "task_result", "run_id": "r1"}
+    )
     assert fixture.next()["run_id"] == "r1"
 
 
@@ -377,7 +382,11 @@ def test_dials_back_off_and_honour_the_peers_wish(make: Callable[..., Fixture]) 
         fixture.clock.advance(delay * 0.9)
         fixture.clock.advance(delay * 0.11)
     assert len(fixture.transport.sent(2)) == 2
-    assert [round(later - sooner, 2) for sooner, later in zip(dials, dials[1:], strict=False)] == [0.1, 0.16, 7.07]
+    assert [round(later - sooner, 2) for sooner, later in itertools.pairwise(dials)] == [
+        0.1,
+        0.16,
+        7.07,
+    ]
 
 
 def test_a_deadline_ends_a_run_while_nobody_answers(make: Callable[..., Fixture]) -> None:
@@ -420,3 +429,80 @@ def test_a_fatal_answer_ends_whoever_waits(make: Callable[..., Fixture]) -> None
     assert isinstance(fixture.next()["exception"], AuthenticationRejected)
     assert fixture.link.state is LinkState.FATAL
     assert fixture.link.stats()["dials"] == 2
+
+
+def test_a_slot_that_a_refused_run_frees_is_used(make: Callable[..., Fixture]) -> None:
+    """A run too large for the peer fails, and the next one goes out without any other traffic."""
+    fixture = make()
+    fixture.transport.peer_max_message_bytes = 200
+    fixture.link.connect(Deadline())
+    fixture.submit("first", delivery_max_in_flight=1)
+    fixture.submit("x" * 300, delivery_max_in_flight=1)
+    fixture.submit("last", delivery_max_in_flight=1)
+    fixture.transport.feed({"type": "task_result", "run_id": "first"})
+    assert [fixture.next()["run_id"] for _ in range(2)] == ["first", "x" * 300]
+    assert [frame["run_id"] for frame in fixture.transport.sent(2)] == ["first", "last"]
+
+
+def test_the_watchdog_minds_a_run_that_got_a_slot(make: Callable[..., Fixture]) -> None:
+    """Its heartbeat deadline counts from when it left, though no caller submitted it then."""
+    fixture = make(ping_interval=3600.0)
+    for run_id in ("first", "second"):
+        fixture.submit(run_id, delivery_max_in_flight=1, delivery_heartbeat_seconds=5.0)
+    fixture.transport.feed({"type": "task_result", "run_id": "first"})
+    assert fixture.next()["run_id"] == "first"
+    fixture.transport.sent(2)
+    wait_for(
+        lambda: fixture.link._connection is not None and fixture.link._connection.watching_until is not None
+    )
+    fixture.clock.advance(5.0)
+    assert isinstance(fixture.next()["exception"], DeliveryTimeout)
+
+
+def test_nobody_dials_for_runs_that_were_cancelled(make: Callable[..., Fixture]) -> None:
+    """The link goes idle instead, and the next use dials at once."""
+    fixture = make()
+    fixture.transport.dial_error = ConnectionRefusedError("no")
+    fixture.submit("r1", delivery_timeout=60.0)
+    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    fixture.session.cancel("r1")
+    assert fixture.next()["type"] == "task_cancelled"
+    fixture.clock.advance(60.0)
+    wait_for(lambda: fixture.link.state is LinkState.IDLE)
+    assert fixture.link.stats()["dials"] == 1
+    fixture.transport.dial_error = None
+    fixture.submit("r2")
+    assert fixture.transport.sent(1)[0]["run_id"] == "r2"
+
+
+def test_connect_does_not_sit_out_the_backoff(make: Callable[..., Fixture]) -> None:
+    """start() of another executor dials now, not when the pause is over."""
+    fixture = make(reconnect_initial_delay=25.0)
+    fixture.transport.dial_error = ConnectionRefusedError("no")
+    fixture.submit("r1", delivery_timeout=60.0)
+    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    fixture.transport.dial_error = None
+    fixture.link.connect(Deadline())
+    assert fixture.transport.sent(1)[0]["run_id"] == "r1"
+
+
+def test_deadlines_go_on_while_a_callback_blocks_after_a_loss(make: Callable[..., Fixture]) -> None:
+    """The next connection's watchdog starts before anybody is told."""
+    fixture = make()
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(event: dict[str, Any]) -> None:
+        entered.set()
+        go_on.wait(WAIT)
+
+    command = {"type": "run_task", "run_id": "slow", "task_id": "task", "delivery": {}}
+    fixture.session.submit(command, DeliveryOptions(), slow)
+    fixture.submit("r1", delivery_timeout=5.0, delivery_orphan_policy="requeue")
+    fixture.transport.sent(2)
+    lost = fixture.transport
+    reconnect(fixture).dial_error = ConnectionRefusedError("no")
+    lost.hang_up()
+    assert entered.wait(WAIT)
+    fixture.clock.advance(5.0)
+    assert isinstance(fixture.next()["exception"], DeliveryTimeout)
+    go_on.set()

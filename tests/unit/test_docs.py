@@ -48,9 +48,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return f"`{None if field.name == 'security' else field.default!r}`"
 
 
-OPTIONS = {
-    field.name: field for field in dataclasses.fields(LinkOptions) if field.name not in DERIVED
-}
+OPTIONS = {field.name: field for field in dataclasses.fields(LinkOptions) if field.name not in DERIVED}
 OPTION_ROWS = _table("reference/options.md")
 
 

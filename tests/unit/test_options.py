@@ -155,7 +155,7 @@ def test_any_text_is_a_sound_address_or_refused(url: str) -> None:
         return
     visible = set(string.ascii_letters + string.digits + string.punctuation)
     assert options.target.startswith("/")
-    assert set(options.target) <= visible - set("#\\\"<>^`{|}[]")
+    assert set(options.target) <= visible - set('#\\"<>^`{|}[]')
     assert set(options.host) <= set(string.ascii_lowercase + string.digits + "-_.:")
     assert 0 < options.port < 65536
     host = f"[{options.host}]" if ":" in options.host else options.host

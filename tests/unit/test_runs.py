@@ -167,7 +167,9 @@ def test_best_effort_cancel_ends_at_once() -> None:
     run = on_its_way(runs, make_run())
     effects = runs.cancel(run, 1.0)
     assert cancels(effects) == ["r"]
-    assert delivered(effects) == [{"type": "task_cancelled", "run_id": "r", "task_id": "task", "acknowledged": False}]
+    assert delivered(effects) == [
+        {"type": "task_cancelled", "run_id": "r", "task_id": "task", "acknowledged": False}
+    ]
     assert runs.cancel(run, 1.1) == []
     assert runs.receive(event("task_result"), 2.0) == []
 
@@ -260,7 +262,9 @@ def test_loss_ends_what_a_worker_may_have_seen() -> None:
 
 
 @pytest.mark.parametrize("policy", ["cancel", "fail", "requeue", "detach"])
-@pytest.mark.parametrize("receipt", [None, Receipt(started=False, sent_at=None), Receipt(started=True, sent_at=None)])
+@pytest.mark.parametrize(
+    "receipt", [None, Receipt(started=False, sent_at=None), Receipt(started=True, sent_at=None)]
+)
 def test_loss_sends_again_what_had_not_left(policy: str, receipt: Receipt | None) -> None:
     """Nobody can have seen it, so every policy allows it; it is in line once, and as the first attempt."""
     runs = table()
@@ -326,7 +330,10 @@ def test_stopping_ends_runs_by_policy(policy: str, frames: int) -> None:
     if policy == "cancel":
         assert ended["type"] == "task_cancelled"
     else:
-        assert str(ended["exception"]) == f"Task 'task' became orphaned in environment 'env' with policy '{policy}'."
+        assert (
+            str(ended["exception"])
+            == f"Task 'task' became orphaned in environment 'env' with policy '{policy}'."
+        )
     assert [run.run_id for run in runs.of_all()] == ["other"]
 
 
@@ -337,3 +344,19 @@ def test_alarms_of_ended_runs_are_forgotten() -> None:
         on_its_way(runs, make_run(f"r{number}", delivery_timeout=3600.0))
         runs.receive(event("task_result", f"r{number}"), 0.0)
     assert len(runs._alarms) <= 128
+
+
+def test_a_message_that_ends_connections_is_given_up() -> None:
+    """A peer that hangs up inside one message again and again means that message."""
+    runs = table()
+    run = make_run()
+    runs.register(run, 0.0)
+    for _ in range(3):
+        assert runs.take_ready() == [run]
+        runs.sent(run, Receipt(started=True, sent_at=None), 0.0)
+        assert delivered(runs.lost(1009, "too big", max_requeues=3)) == []
+    runs.take_ready()
+    runs.sent(run, Receipt(started=True, sent_at=None), 0.0)
+    [ended] = delivered(runs.lost(1009, "too big", max_requeues=3))
+    assert ended["exception"].close_code == 1009
+    assert not ended["exception"].maybe_executed
