@@ -25,6 +25,7 @@ from wove.runtime import runtime
 
 from . import _fork, payloads, security
 from .errors import DeliveryCancelled, ExecutorClosed, ForkedError
+from .frames import TERMINAL_EVENTS
 from .options import DeliveryOptions, LinkOptions
 from .session import Session, exiting, open_session
 
@@ -179,6 +180,16 @@ class RunFuture(concurrent.futures.Future[_T]):
         kind = event["type"]
         if kind == "task_started":
             self._started = True
+        elif kind in TERMINAL_EVENTS:
+            try:
+                self._end(kind, event)
+            except BaseException:  # of a callback, or Ctrl-C in cancel(): the end must come all the same
+                self._end(kind, event)
+                raise
+
+    def _end(self, kind: str, event: dict[str, Any]) -> None:
+        if self.done():
+            self._core.ended(self)
         elif kind == "task_cancelled":
             self._acknowledged = bool(event.get("acknowledged"))
             with self._condition:  # notified first: a callback may wait for this future, or raise SystemExit
@@ -187,7 +198,7 @@ class RunFuture(concurrent.futures.Future[_T]):
                 self._condition.notify_all()
             self._core.ended(self)
             self._invoke_callbacks()  # type: ignore[attr-defined]  # the standard library's own, untyped
-        elif kind in ("task_result", "task_error"):
+        else:
             self._event = event
             try:
                 self.set_result(None)  # type: ignore[arg-type]  # the value is decoded when it is asked for
@@ -255,6 +266,7 @@ class _Core:
             self.ended(future)
             if not future.done():
                 future.set_exception(exc)
+            session.cancel(future.run_id)  # a signal handler's exception may come when it was sent already
         except BaseException:  # Ctrl-C: nobody will hold the future
             if session is not None:
                 session.cancel(future.run_id)

@@ -209,11 +209,14 @@ class Link:
 
     def cancel(self, run: Run) -> None:
         """Cancel *run* by its cancel mode; nothing happens if it has ended."""
-        with self._state_lock:
-            effects = self._table.cancel(run, self._clock.monotonic())
-            self._post_into(effects)
-            moment = self._next_decision()
-        self._apply(effects)
+        effects: list[Effect] = []
+        try:
+            with self._state_lock:
+                effects = self._table.cancel(run, self._clock.monotonic())
+                self._post_into(effects)
+                moment = self._next_decision()
+        finally:  # also when Ctrl-C strikes: what was decided must be told
+            self._apply(effects)
         self._mind(moment)
 
     def connect(self, deadline: Deadline) -> None:
