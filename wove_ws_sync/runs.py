@@ -118,12 +118,7 @@ class _Slots:
 
 
 class RunTable:
-    """All runs of one link. Not thread-safe: the link's state lock guards every call.
-
-    A ``with`` block on the table keeps it whole: an exception that strikes inside, out of a
-    signal handler say, leaves each run as it was or ended. ``struck`` is set then, and
-    :meth:`repair` returns the endings that nobody has heard of.
-    """
+    """All runs of one link. Not thread-safe: the link's state lock guards every call."""
 
     def __init__(self, *, cancel_ack_timeout: float) -> None:
         self._cancel_ack_timeout = cancel_ack_timeout
@@ -135,17 +130,6 @@ class RunTable:
         self.heartbeat_factor = 1.0
         self.dropped: Counter[str] = Counter()
         self.requeues = 0
-        self.struck = False
-        # Endings on their way to their sinks, and who has not heard of them if an exception struck.
-        self._untold: dict[Run, dict[str, Any]] = {}
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            self.repair()
-            self.struck = True
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -311,35 +295,6 @@ class RunTable:
             ]
             heapq.heapify(self._alarms)
 
-    # -- what an exception left half done ------------------------------------------
-
-    def claim(self, run: Run) -> bool:
-        """Tell whether the caller is the first who delivers the end of *run*. Any thread, without the lock."""
-        return self._untold.pop(run, None) is not None
-
-    def repair(self) -> list[Effect]:
-        """Make slots, line and alarms anew from the runs; return the endings that are still untold."""
-        self.struck = False
-        self._runs = {run_id: run for run_id, run in self._runs.items() if run not in self._untold}
-        self._ready.clear()
-        self._slots.clear()
-        self._alarms = []
-        for run in self._runs.values():
-            limit = run.delivery.delivery_max_in_flight
-            if limit is not None:
-                slots = self._slots.setdefault((run.session, limit), _Slots())
-                run.holds_slot = run.holds_slot or run.receipt is not None
-                slots.taken += run.holds_slot
-                if not run.holds_slot:
-                    slots.waiting.append(run)
-            if run.receipt is None and (limit is None or run.holds_slot):
-                self._ready.append(run)
-            run.alarm = 0.0  # the next tick() looks at all of them
-            self._alarms.append((0.0, next(self._order), run))
-        for (_, limit), slots in self._slots.items():
-            self._fill_slots(slots, limit)
-        return [Deliver(run, event) for run, event in self._untold.items()]
-
     # -- endings -----------------------------------------------------------------
 
     def lost(self, close_code: int | None, reason: str, max_requeues: int) -> list[Effect]:
@@ -418,7 +373,6 @@ class RunTable:
     def _finish(self, run: Run, state: RunState, event: dict[str, Any]) -> list[Effect]:
         """Set the terminal state, once, and free what the run held."""
         assert not run.terminal, f"run {run.run_id!r} ended twice"
-        self._untold[run] = event
         run.state = state
         run.message = b""
         del self._runs[run.run_id]
