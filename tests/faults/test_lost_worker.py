@@ -62,7 +62,7 @@ def test_f13_a_killed_worker_is_an_answer(worker: LoopbackWorker, tmp_path: Path
         done, rest = concurrent.futures.wait(futures, WAIT)
         assert not rest
         assert all(isinstance(future.exception(), ConnectionLost) for future in done)
-    assert max(executions(tmp_path)) == 1
+    assert max(executions(tmp_path)) <= 1  # 0: killed between opening the line and writing it
 
 
 def test_f13_requeue_brings_every_result(worker: LoopbackWorker, tmp_path: Path) -> None:
