@@ -6,6 +6,7 @@ thread that wants the value asks for it. Never: looks at the network or at a run
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import pickle
@@ -23,6 +24,9 @@ __all__ = ["RemoteTraceback", "decode_event", "decode_value", "encode_frame", "e
 _PICKLED_FIELDS = ("callable", "args", "result", "exception", "error")
 # What a terminal event may bring; no other pickle that a peer sends is ever loaded.
 _LOADED_FIELDS = {"task_result": ("result",), "task_error": ("error", "exception")}
+# A pickle may call anything, sys.exit() too. What else is no Exception, as KeyboardInterrupt, comes
+# from outside and is not the pickle's.
+_RAISED_BY_PICKLES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 _PLAIN = frozenset({bool, int, float, str, bytes})
 _REASON = "the websocket network executor serializes task frames for a remote worker service."
 
@@ -62,9 +66,7 @@ def decode_value(text: str | bytes) -> Any:
     """
     try:
         return pickle.loads(base64.b64decode(text, validate=True))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as exc:  # a pickle may call anything, sys.exit() too
+    except _RAISED_BY_PICKLES as exc:
         raise PayloadError(_undecodable(exc)) from exc
 
 
