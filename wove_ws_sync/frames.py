@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, TypedDict
 __all__ = [
     "COMMANDS",
     "EVENTS",
+    "EXTENDED_COMMANDS",
+    "FEATURES",
+    "NOTICES",
     "TERMINAL_EVENTS",
     "CommandFrame",
     "Decoded",
@@ -29,6 +32,12 @@ _to_json = json.JSONEncoder(separators=(",", ":")).encode
 COMMANDS = frozenset({"run_task", "cancel_task", "shutdown"})
 TERMINAL_EVENTS = frozenset({"task_result", "task_error", "task_cancelled"})
 EVENTS = TERMINAL_EVENTS | {"task_started", "heartbeat", "log"}
+
+#: The extensions of this version, and the frames that only they bring: commands to the worker
+#: service, and notices to the host, which are about no run.
+FEATURES = ("resume", "ack", "drain")
+EXTENDED_COMMANDS = frozenset({"resume", "event_ack", "detach_task", "attach_task"})
+NOTICES = frozenset({"resume_state", "draining"})
 
 
 class CommandFrame(TypedDict, total=False):
@@ -70,7 +79,7 @@ class InvalidMessage(ValueError):
 
 
 class Decoded(NamedTuple):
-    """What one message held: event frames in order, and why others were ignored, once per item."""
+    """What one message held: events and notices in order, and why others were ignored, once per item."""
 
     events: tuple[dict[str, Any], ...]
     ignored: tuple[str, ...]
@@ -148,7 +157,11 @@ def _fault(item: Any) -> str:
     if not isinstance(item, dict):
         return "shape"
     kind = item.get("type")
-    if not isinstance(kind, str) or kind not in EVENTS:
+    if not isinstance(kind, str):
+        return "type"
+    if kind in NOTICES:
+        return ""
+    if kind not in EVENTS:
         return "type"
     run_id = item.get("run_id")
     if not isinstance(run_id, str) or not run_id:
