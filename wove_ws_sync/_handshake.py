@@ -27,6 +27,7 @@ __all__ = ["Answer", "upgrade"]
 
 _ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _MAX_RETRY_AFTER = 60.0
+_INSTANCE = re.compile(r"[0-9a-f]{32}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9][0-9])(?: .*)?")
 _REMEDIES = {
     401: "Check executor_config.security: secret, key and clock must match the worker's.",
@@ -37,11 +38,12 @@ _REMEDIES = {
 
 class Answer(NamedTuple):
     """What the worker service said of itself: the extensions it agreed to (None if it does not know
-    of any) and the largest message it accepts (None if it did not say).
+    of any), the largest message it accepts (None if it did not say) and which instance it is ("" likewise).
     """
 
     features: frozenset[str] | None
     max_message_bytes: int | None
+    worker: str = ""
 
 
 def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Answer:
@@ -71,11 +73,20 @@ def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Ans
         raise seam.invalid("the upgrade headers are missing or wrong") from None
     limit = seam.response.get("x-wove-max-message", "")
     readable = limit.isascii() and limit.isdigit() and len(limit) < 20
-    return Answer(_features(seam.response.get("x-wove-sync", "")), int(limit) if readable else None)
+    worker = seam.response.get("x-wove-worker", "")
+    worker = worker if _INSTANCE.fullmatch(worker) else ""
+    features = _features(seam.response.get("x-wove-sync", ""))
+    offered = _features(headers.get("X-Wove-Sync", "")) or frozenset()
+    if features is not None:
+        features &= offered
+        if not worker:
+            features -= {"resume"}  # nobody could tell whether it is the one from before
+    return Answer(features, int(limit) if readable else None, worker)
 
 
-def _features(answer: str) -> frozenset[str] | None:
-    version, _, parameters = answer.partition(";")
+def _features(field: str) -> frozenset[str] | None:
+    """Return the extensions that an X-Wove-Sync header lists; None for another version or no header."""
+    version, _, parameters = field.partition(";")
     if version.strip() != "1":
         return None
     name, _, value = parameters.partition("=")

@@ -54,9 +54,12 @@ class MemoryTransport:
 
     peer_max_message_bytes: int | None = None
 
-    def __init__(self, clock: Clock, *, features: frozenset[str] | None = frozenset()) -> None:
+    def __init__(
+        self, clock: Clock, *, features: frozenset[str] | None = frozenset(), worker: str = ""
+    ) -> None:
         self.wake: Callable[[], None] = lambda: None
         self.features = features
+        self.worker = worker
         self.dial_error: BaseException | None = None
         self.reading = True
         self.pings = 0

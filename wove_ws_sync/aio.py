@@ -29,6 +29,8 @@ __all__ = ["AsyncWebSocketEnvironmentExecutor"]
 # Up to this many bytes of pickles are sent from the loop's own thread without blocking it;
 # more goes through a thread that may wait for the network.
 _INLINE_BYTES = 256 * 1024
+# What a frame has beside its pickles, at the most.
+_FRAME_BYTES = 4096
 # So many small messages share a system call, while the worker begins with the ones before.
 _TOGETHER = 32
 
@@ -81,10 +83,10 @@ class _Group:
         if self._unsent is None:
             self._unsent = 0
             self.loop.call_soon(self._flush)
-            return self.session.submit(command, delivery, self.sink, wait=False)
+            return self.session.submit(command, delivery, self.sink, wait=False, block=False)
         self._unsent += 1
         flush = self._unsent % _TOGETHER == 0
-        return self.session.submit(command, delivery, self.sink, wait=False, flush=flush)
+        return self.session.submit(command, delivery, self.sink, wait=False, flush=flush, block=False)
 
     def _flush(self) -> None:
         if self._unsent:
@@ -203,7 +205,8 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
             return
         delivery = frame_delivery(frame, group.defaults)
         command = payloads.encode_frame(frame)
-        if sum(len(value) for value in command.values() if isinstance(value, bytes)) <= _INLINE_BYTES:
+        size = sum(len(value) for value in command.values() if isinstance(value, bytes))
+        if size <= _INLINE_BYTES and group.session.link.has_room(size + _FRAME_BYTES):
             run = group.submit(command, delivery)
         else:
             run = await asyncio.to_thread(group.session.submit, command, delivery, group.sink)
@@ -213,8 +216,8 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
 
     async def recv(self) -> dict[str, Any]:
         """Return the next event frame, decoded in the loop's thread."""
-        _, inbox = self._here()
-        event = payloads.decode_event(await inbox.get())
+        group, inbox = self._here()
+        event = group.session.decode(await inbox.get())
         if event["type"] != "task_error":
             return event
         error = event["exception"]

@@ -1,13 +1,15 @@
 """One life of a connection, from its dial to its end: the transport and who may write.
 
-Owns: the write lock, the waker, liveness by pings. Never: knows what a run is, takes the
-link's state lock, starts a thread.
+Owns: the write lock, the waker, liveness by pings, the acknowledgements that wait to be sent.
+Never: knows what a run is, takes the link's state lock, starts a thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 from . import frames
 from ._waker import Waker
@@ -19,6 +21,11 @@ __all__ = ["Connection"]
 
 # The longest single wait of a thread that sends, in seconds.
 _PATIENCE = 1.0
+# Acknowledgements wait for each other so many seconds, or until there are so many.
+_ACK_DELAY = 0.5
+_MANY_ACKS = 256
+# A list of run ids is cut into messages of about this size.
+_LIST_BYTES = 64 * 1024
 
 
 class Connection:
@@ -35,6 +42,8 @@ class Connection:
         self.transport: Transport | None = None
         self.error: BaseException | None = None
         self.close_reason = ""
+        # The worker has said that it stops: it finishes what it has.
+        self.draining = False
         # Set when both threads are gone and the descriptors are given back.
         self.over = threading.Event()
         self.reader: threading.Thread | None = None
@@ -47,6 +56,9 @@ class Connection:
         self._writer = 0
         self._stuck = False
         self._pinged_at: float | None = None
+        # Terminal events that have arrived and that the worker has not been told of yet.
+        self._arrived: deque[str] = deque()
+        self._ack_at: float | None = None
 
     def connected(self, transport: Transport) -> None:
         """Take the transport over once it is dialled."""
@@ -57,6 +69,11 @@ class Connection:
         """Have the watchdog send what the reader, which never sends, owes the peer."""
         self._stuck = True
         self.waker.wake()
+
+    def offers(self, feature: str) -> bool:
+        """Tell whether the worker agreed to the extension *feature*."""
+        features = None if self.transport is None else self.transport.features
+        return features is not None and feature in features
 
     # -- writing -----------------------------------------------------------------
 
@@ -122,6 +139,36 @@ class Connection:
         """Tell whether bytes have arrived that the reader has not dealt with."""
         return self.transport is not None and not self.transport.idle()
 
+    # -- extensions --------------------------------------------------------------
+
+    def resume(self, run_ids: Sequence[str]) -> None:
+        """Ask what became of runs that an earlier connection carried."""
+        assert self.transport is not None
+        lists = list(_lists(run_ids))
+        for position, some in enumerate(lists):
+            frame = {"type": "resume", "run_ids": some, "more": position + 1 < len(lists)}
+            self.transport.post(frames.encode(frame))
+
+    def acknowledge(self, run_ids: Sequence[str]) -> None:
+        """Tell the worker, soon, that terminal events have arrived. Reader thread only."""
+        if run_ids and self.offers("ack"):
+            self._arrived.extend(run_ids)
+            if self.draining or len(self._arrived) >= _MANY_ACKS:
+                self.post_acks()
+            elif self._ack_at is None:
+                self._ack_at = self._clock.monotonic() + _ACK_DELAY
+
+    def post_acks(self) -> None:
+        """Queue what is to be acknowledged."""
+        self._ack_at = None
+        arrived: list[str] = []
+        with contextlib.suppress(IndexError):  # the reader and the watchdog may both be here
+            while True:
+                arrived.append(self._arrived.popleft())
+        for some in _lists(arrived) if arrived else ():
+            assert self.transport is not None
+            self.transport.post(frames.encode({"type": "event_ack", "run_ids": some}))
+
     # -- liveness ----------------------------------------------------------------
 
     def next_check(self, options: LinkOptions) -> float | None:
@@ -130,16 +177,24 @@ class Connection:
             return None
         if self._ping_is_out(self.transport):
             assert self._pinged_at is not None
-            return self._pinged_at + options.pong_timeout
-        return self.transport.last_byte_at + options.ping_interval
+            moment = self._pinged_at + options.pong_timeout
+        else:
+            moment = self.transport.last_byte_at + options.ping_interval
+        return Deadline(moment).earliest(Deadline(self._ack_at)).at
 
     def check(self, options: LinkOptions, now: float, *, behind: bool) -> None:
         """Ping a quiet peer, and cut when no byte came within ``pong_timeout`` of a ping.
 
         *behind* says that the reader has bytes left to read: the peer is alive.
         """
-        transport, moment = self.transport, self.next_check(options)
-        if transport is None or moment is None or now < moment:
+        transport = self.transport
+        if transport is None:
+            return
+        if Deadline(self._ack_at).expired(now):
+            self.post_acks()
+            self.flush()
+        moment = self.next_check(options)
+        if moment is None or now < moment:
             return
         if behind or not self._ping_is_out(transport):
             self._pinged_at = now
@@ -157,6 +212,7 @@ class Connection:
         """Queue ``shutdown`` and a close frame; never blocks."""
         self.close_reason = "closed by this side"
         if self.transport is not None:
+            self.post_acks()
             self.transport.post(frames.encode({"type": "shutdown"}))
             self.transport.close(1000, "")
             self.flush()
@@ -181,3 +237,16 @@ class Connection:
         self.waker.close_after_fork()
         if self.transport is not None:
             self.transport.detach_after_fork()
+
+
+def _lists(run_ids: Sequence[str]) -> Iterator[list[str]]:
+    """Yield *run_ids* in lists that fit into a message; one empty list for none."""
+    some: list[str] = []
+    size = 0
+    for run_id in run_ids:
+        size += len(run_id) + 3
+        if some and size > _LIST_BYTES:
+            yield some
+            some, size = [], len(run_id) + 3
+        some.append(run_id)
+    yield some

@@ -26,6 +26,7 @@ from wove.runtime import runtime
 from . import _fork, payloads, security
 from .errors import DeliveryCancelled, ExecutorClosed, ForkedError
 from .frames import TERMINAL_EVENTS
+from .link import Link
 from .options import DeliveryOptions, LinkOptions
 from .session import Session, exiting, open_session
 
@@ -144,7 +145,8 @@ class RunFuture(concurrent.futures.Future[_T]):
         """Unpickle what the run brought, unless that is done. Hold ``_decoding``."""
         if self._event is None:
             return
-        decoded = payloads.decode_event(self._event)
+        assert self._session is not None
+        decoded = self._session.decode(self._event)
         if decoded["type"] == "task_error":
             self._exception = decoded["exception"]
         else:
@@ -241,6 +243,21 @@ class _Core:
         send: bool = True,
     ) -> None:
         """Start *future*; without *send* its message leaves with the next one."""
+
+        def start(session: Session) -> None:
+            command = {
+                "type": "run_task",
+                "run_id": future.run_id,
+                "task_id": future.run_id.rpartition(":")[0],
+                **payloads.encode_frame({"callable": fn, "args": kwargs}),
+                "delivery": delivery.as_frame(kwargs),
+            }
+            session.submit(command, delivery, future._on_event, wait=send, flush=send)
+
+        self.enter(future, start)
+
+    def enter(self, future: RunFuture[Any], start: Callable[[Session], object]) -> None:
+        """Have *start* begin the run of *future* on this executor's session; its errors are the future's."""
         session: Session | None = None
         try:
             with self.lock:
@@ -250,14 +267,7 @@ class _Core:
                     self.session = open_session(self.options, self.environment)
                 future._session = session = self.session
                 self.pending.add(future)
-            command = {
-                "type": "run_task",
-                "run_id": future.run_id,
-                "task_id": future.run_id.rpartition(":")[0],
-                **payloads.encode_frame({"callable": fn, "args": kwargs}),
-                "delivery": delivery.as_frame(kwargs),
-            }
-            session.submit(command, delivery, future._on_event, wait=send, flush=send)
+            start(session)
             if future._unwanted:
                 session.cancel(future.run_id)
         except Exception as exc:
@@ -366,6 +376,29 @@ class WebSocketExecutor(concurrent.futures.Executor):
         future: RunFuture[_T] = RunFuture(_new_run_id(fn), self._core)
         self._core.submit(future, functools.partial(fn, *args) if args else fn, kwargs, self._delivery)
         return future
+
+    def attach(self, run_id: str) -> RunFuture[Any]:
+        """Return a future for a run that was detached, by this process or another with the same key.
+
+        A run with ``delivery_orphan_policy="detach"`` goes on at the worker service when its executor
+        is shut down or its connection is lost for longer than ``resume_window``; its result is kept
+        there for 15 minutes and given out once. The future raises EnvironmentExecutionError of the
+        kind UnknownRun if the worker service does not have the run, RuntimeError if it is not one of
+        this package. The ``delivery_*`` settings of this executor apply from now on.
+
+        Raises ExecutorClosed, a RuntimeError, after :meth:`shutdown`.
+        """
+        if not isinstance(run_id, str) or not run_id:
+            raise TypeError(f"run_id must be a non-empty string, as RunFuture.run_id is, not {run_id!r}.")
+        future: RunFuture[Any] = RunFuture(run_id, self._core)
+        self._core.enter(future, lambda session: session.attach(run_id, self._delivery, future._on_event))
+        return future
+
+    @property
+    def link(self) -> Link | None:
+        """Return the link in use, whose ``stats()`` counts what happened; None before the first use."""
+        session = self._core.session
+        return None if session is None else session.link
 
     def map(
         self,

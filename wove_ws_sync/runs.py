@@ -8,107 +8,48 @@ state lock around each call and applies the effects after releasing it.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import heapq
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Hashable, Iterable
+from typing import Any
 
-from .errors import ConnectionLost, DeliveryTimeout
+from ._run import (
+    CancelAtWorker,
+    Deliver,
+    DetachAtWorker,
+    Effect,
+    Loss,
+    Receipt,
+    Run,
+    RunState,
+    cancelled,
+    connection_lost,
+    failed,
+    orphaned,
+    worker_stopping,
+)
+from .errors import DeliveryTimeout
 from .frames import TERMINAL_EVENTS
-from .options import DeliveryOptions
 from .timing import Deadline
 
-__all__ = ["CancelAtWorker", "Deliver", "Effect", "Receipt", "Run", "RunState", "RunTable", "connection_lost"]
-
-
-class RunState(enum.Enum):
-    """Where a run is; the last four are final."""
-
-    QUEUED = "queued"
-    SENT = "sent"
-    RUNNING = "running"
-    CANCELLING = "cancelling"
-    DONE = "done"
-    CANCELLED = "cancelled"
-    TIMED_OUT = "timed_out"
-    ORPHANED = "orphaned"
-
+__all__ = [
+    "CancelAtWorker",
+    "Deliver",
+    "DetachAtWorker",
+    "Effect",
+    "Loss",
+    "Receipt",
+    "Run",
+    "RunState",
+    "RunTable",
+    "connection_lost",
+]
 
 # So many connections may end inside one message before the message is taken for the reason.
 _MAX_CUTS = 3
-_TERMINAL_STATES = frozenset({RunState.DONE, RunState.CANCELLED, RunState.TIMED_OUT, RunState.ORPHANED})
-
-
-class Receipt(Protocol):
-    """What the transport knows of one queued message."""
-
-    @property
-    def started(self) -> bool:
-        """Tell whether a byte of it may have left."""
-
-    @property
-    def sent_at(self) -> float | None:
-        """Return when the last byte left, None before."""
-
-    @property
-    def maybe_sent(self) -> bool:
-        """Tell whether the last byte may have left, noted or not."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Run:
-    """One task execution on its way; mutable, guarded by the link's state lock.
-
-    ``sink`` takes the run's event frames, outside every lock, in whichever thread brings
-    them: the reader for what arrives, the watchdog for deadlines, a caller for cancels.
-    """
-
-    run_id: str
-    task_id: str
-    message: bytes
-    delivery: DeliveryOptions
-    session: Hashable
-    environment: str
-    sink: Callable[[dict[str, Any]], None]
-    deadline: Deadline = Deadline()
-    attempt: int = 1
-    cuts: int = 0
-    state: RunState = RunState.QUEUED
-    receipt: Receipt | None = None
-    life: float = 0.0
-    alarm: float | None = None
-    ack_by: float | None = None
-    timeout: DeliveryTimeout | None = None
-    holds_slot: bool = False
-    answered: bool = False
-
-    @property
-    def terminal(self) -> bool:
-        """Tell whether the one terminal event has been decided."""
-        return self.state in _TERMINAL_STATES
-
-    @property
-    def maybe_executed(self) -> bool:
-        """Tell whether the whole run had left this process, so that a worker may have seen it."""
-        return self.answered or (self.receipt is not None and self.receipt.maybe_sent)
-
-
-class Deliver(NamedTuple):
-    """Give *event* to the run's sink."""
-
-    run: Run
-    event: dict[str, Any]
-
-
-class CancelAtWorker(NamedTuple):
-    """Take the run back from the transport's queue or, once it left, send ``cancel_task``."""
-
-    run: Run
-
-
-Effect = Deliver | CancelAtWorker
+# From its third delivery on, a run that has only one left goes alone.
+_MAX_SHARED = 2
 
 
 @dataclasses.dataclass(slots=True)
@@ -120,16 +61,24 @@ class _Slots:
 class RunTable:
     """All runs of one link. Not thread-safe: the link's state lock guards every call."""
 
-    def __init__(self, *, cancel_ack_timeout: float) -> None:
+    def __init__(self, *, cancel_ack_timeout: float, max_requeues: int) -> None:
         self._cancel_ack_timeout = cancel_ack_timeout
+        self._max_requeues = max_requeues
         self._runs: dict[str, Run] = {}
+        # How many runs each connection carries, by generation.
+        self._carried: Counter[int] = Counter()
         self._ready: deque[Run] = deque()
+        # Runs before their last delivery, each of which may be what kills workers: one at a time.
+        self._suspects: deque[Run] = deque()
+        self._suspect: Run | None = None
         self._slots: dict[tuple[Hashable, int], _Slots] = {}
         self._alarms: list[tuple[float, int, Run]] = []
         self._order = itertools.count()
         self.heartbeat_factor = 1.0
+        #: The bytes of all messages that may have to be sent, or sent again.
+        self.buffered = 0
         self.dropped: Counter[str] = Counter()
-        self.requeues = 0
+        self.counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -146,6 +95,16 @@ class RunTable:
         """Return the runs of *session* that have not ended, oldest first."""
         return [run for run in self._runs.values() if run.session == session]
 
+    def carried(self, generation: int) -> int:
+        """Return how many runs that have not ended went out over a connection and count on it."""
+        return self._carried[generation]
+
+    def homeless(self) -> list[Run]:
+        """Return the runs that no connection carries: those in line and those in limbo."""
+        if len(self._runs) == self._carried.total():
+            return []
+        return [run for run in self._runs.values() if run.generation is None]
+
     # -- going out ---------------------------------------------------------------
 
     def register(self, run: Run, now: float) -> None:
@@ -158,6 +117,7 @@ class RunTable:
         run.deadline = run.deadline.earliest(Deadline.after(run.delivery.delivery_timeout, now))
         run.life = now
         self._runs[run.run_id] = run
+        self.buffered += len(run.message)
         limit = run.delivery.delivery_max_in_flight
         if limit is None:
             self._ready.append(run)
@@ -171,28 +131,38 @@ class RunTable:
         """Return the runs that may be sent now, each once, in order."""
         taken = [run for run in self._ready if not run.terminal]
         self._ready.clear()
+        while self._suspect is None and self._suspects:
+            run = self._suspects.popleft()
+            if not run.terminal:
+                self._suspect = run
+                taken.append(run)
         return taken
 
-    def sent(self, run: Run, receipt: Receipt, now: float) -> None:
-        """Note that *run* was handed to the transport, which answers through *receipt*."""
+    def sent(self, run: Run, receipt: Receipt, now: float, generation: int) -> None:
+        """Note that *run* was handed to the transport of a connection, which answers through *receipt*."""
         run.state = RunState.SENT
         run.receipt = receipt
+        self._carry(run, generation)
         run.life = now
         self._set_alarm(run, now)
 
     # -- coming in ---------------------------------------------------------------
 
-    def receive(self, event: dict[str, Any], now: float) -> list[Effect]:
-        """Apply one event frame; events of unknown and ended runs are counted and dropped."""
+    def receive(self, event: dict[str, Any], now: float, generation: int) -> list[Effect]:
+        """Apply one event frame that came over a connection.
+
+        Events of unknown and ended runs, and of runs that this connection does not carry, are
+        counted and dropped.
+        """
         run = self._runs.get(event["run_id"])
-        if run is None or run.receipt is None:
-            self.dropped["unknown_run"] += 1
+        if run is None or run.generation != generation:
+            self.dropped["unknown_run" if run is None else "stale"] += 1
             return []
         run.life = now
         run.answered = True
         if event["type"] not in TERMINAL_EVENTS:
-            if run.delivery.delivery_orphan_policy != "requeue":
-                run.message = b""  # it has arrived, and will not be sent again
+            if event["type"] == "task_started" and run.delivery.delivery_orphan_policy != "requeue":
+                self._forget_message(run)  # it will not be sent again, whatever comes
             if run.state is RunState.SENT and event["type"] != "log":
                 run.state = RunState.RUNNING
             return [Deliver(run, event)]
@@ -202,7 +172,30 @@ class RunTable:
             return self._time_out(run)
         if event["type"] == "task_cancelled":
             return self._finish(run, RunState.CANCELLED, {**event, "acknowledged": True})
+        stopping = worker_stopping(event)
+        if stopping is not None and run.state is not RunState.CANCELLING and self._handed_back(run, stopping):
+            return []
         return self._finish(run, RunState.DONE, event)
+
+    def waits_elsewhere(self, run_id: str, generation: int) -> bool:
+        """Tell whether the run counts on another connection, or on none yet: its end must come again."""
+        run = self._runs.get(run_id)
+        return run is not None and run.generation != generation
+
+    def _handed_back(self, run: Run, error: dict[str, Any]) -> bool:
+        """Send a run again that a stopping worker gave back, if that is safe."""
+        if error.get("started") is not False:
+            return run.delivery.delivery_orphan_policy == "requeue" and self._requeue(run)
+        run.cuts += 1  # a worker that takes nothing and does not go away must not be asked for ever
+        if run.cuts > _MAX_CUTS or not run.message:
+            return False
+        self.counts["resends"] += 1
+        self._queue_again(run)
+        return True
+
+    def _forget_message(self, run: Run) -> None:
+        self.buffered -= len(run.message)
+        run.message = b""
 
     def cancel(self, run: Run, now: float) -> list[Effect]:
         """Cancel *run* by its ``delivery_cancel_mode``; a second call changes nothing.
@@ -213,16 +206,10 @@ class RunTable:
         """
         if run.terminal or run.state is RunState.CANCELLING:
             return []
-        if run.receipt is None or not run.receipt.started:
-            return [
-                CancelAtWorker(run),
-                *self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=True)),
-            ]
-        if run.delivery.delivery_cancel_mode == "best_effort":
-            return [
-                CancelAtWorker(run),
-                *self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=False)),
-            ]
+        unsent = run.receipt is None or not run.receipt.started
+        if unsent or run.delivery.delivery_cancel_mode == "best_effort":
+            command = CancelAtWorker(run, run.generation)
+            return [command, *self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=unsent))]
         return self._await_ack(run, now, run.deadline.earliest(Deadline(now + self._cancel_ack_timeout)))
 
     # -- time --------------------------------------------------------------------
@@ -230,6 +217,10 @@ class RunTable:
     def next_alarm(self) -> float | None:
         """Return the earliest moment at which :meth:`tick` may have something to decide."""
         return self._alarms[0][0] if self._alarms else None
+
+    def judge(self, run: Run, now: float) -> list[Effect]:
+        """Decide what is due for one run at *now*."""
+        return [] if run.terminal else self._judge(run, now)
 
     def tick(self, now: float, floor: float = 0.0) -> list[Effect]:
         """Decide everything due at *now*.
@@ -254,7 +245,7 @@ class RunTable:
             if run.ack_by is not None and now >= run.ack_by:
                 if run.timeout is not None:
                     return self._time_out(run)
-                return self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=False))
+                return self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
             return []
         if run.deadline.expired(now):
             text = f"Delivery timeout exceeded for task '{run.task_id}' ({run.delivery.delivery_timeout}s)."
@@ -263,18 +254,20 @@ class RunTable:
                 f"Delivery heartbeat timed out for task '{run.task_id}' "
                 f"after {run.delivery.delivery_heartbeat_seconds}s without heartbeat."
             )
+        elif Deadline(run.limbo_until).expired(now):
+            return self._give_up(run)
         else:
             return []
         run.timeout = DeliveryTimeout(text, run_id=run.run_id)
-        left = run.receipt is not None and run.receipt.started
+        left = run.receipt is not None and run.receipt.started and not run.in_limbo
         if left and run.delivery.delivery_cancel_mode == "require_ack":
             return self._await_ack(run, now, Deadline(now + self._cancel_ack_timeout))
-        return [CancelAtWorker(run), *self._time_out(run)]
+        return [CancelAtWorker(run, run.generation), *self._time_out(run)]
 
     def _silent_at(self, run: Run, now: float) -> float | None:
         """Return when *run* has been silent for too long; the clock starts when its last byte left."""
         interval = run.delivery.delivery_heartbeat_seconds
-        if interval is None or run.receipt is None:
+        if interval is None or run.receipt is None or run.in_limbo:
             return None
         since = now if run.receipt.sent_at is None else max(run.life, run.receipt.sent_at)
         return since + interval * self.heartbeat_factor
@@ -284,7 +277,7 @@ class RunTable:
             alarm = run.ack_by
         else:
             silent_at = self._silent_at(run, now)
-            alarm = Deadline(silent_at).earliest(run.deadline).at
+            alarm = Deadline(silent_at).earliest(run.deadline).earliest(Deadline(run.limbo_until)).at
         if alarm is None or (run.alarm is not None and run.alarm <= alarm):
             return
         run.alarm = alarm
@@ -295,40 +288,119 @@ class RunTable:
             ]
             heapq.heapify(self._alarms)
 
-    # -- endings -----------------------------------------------------------------
+    # -- a connection that is lost, and perhaps found again --------------------------
 
-    def lost(self, close_code: int | None, reason: str, max_requeues: int) -> list[Effect]:
-        """Decide for every run what the loss of the connection means.
+    def lost(self, generation: int, loss: Loss, now: float, limbo_until: float | None) -> list[Effect]:
+        """Decide for every run of a connection what the loss of it means.
 
-        What had not left this process whole is sent again, under every policy. What a worker may
-        have seen is sent again under "requeue", *max_requeues* times, and ends with
-        ConnectionLost otherwise.
+        What had not left this process whole is sent again, under every policy. What the worker may
+        have seen waits in LIMBO for :meth:`resumed`, until *limbo_until* or not at all (None: such a
+        worker keeps nothing); then its orphan policy decides.
         """
         effects: list[Effect] = []
-        for run in self.of_all():
-            if run.state is RunState.CANCELLING:
-                effects += self._orphan(run, connection_lost(run, close_code, reason))
-            elif not run.maybe_executed:
+        for run in [run for run in self._runs.values() if run.generation == generation]:
+            run.loss = loss
+            self._carry(run, None)
+            if not run.maybe_executed and run.state is not RunState.CANCELLING:
                 # A message inside which connection after connection ends is what ends them.
                 run.cuts += run.receipt is not None and run.receipt.started
                 if run.cuts > _MAX_CUTS:
-                    effects += self._orphan(run, connection_lost(run, close_code, reason))
+                    effects += self._orphan(run, connection_lost(run, loss))
                 else:
                     self._queue_again(run)
-            elif run.delivery.delivery_orphan_policy == "requeue" and run.attempt <= max_requeues:
-                run.attempt += 1
-                self.requeues += 1
-                self._queue_again(run)
-            else:
-                effects += self._orphan(run, connection_lost(run, close_code, reason))
+            elif limbo_until is None:
+                effects += self._give_up(run)
+            elif run.state is not RunState.CANCELLING:  # which keeps its own time
+                run.state = RunState.LIMBO
+                run.limbo_until = limbo_until
+                self._set_alarm(run, now)
         return effects
 
+    def limbo(self) -> list[str]:
+        """Return the ids of the runs whose connection is lost and that the worker may still have."""
+        return [run.run_id for run in self.homeless() if run.in_limbo]
+
+    def resuming(self, until: float) -> None:
+        """Let what is in limbo wait for the worker's answer."""
+        for run in self.homeless():
+            if run.limbo_until is not None:
+                run.limbo_until = max(run.limbo_until, until)
+
+    def resumed(self, notice: dict[str, Any], now: float, generation: int) -> list[Effect]:
+        """Apply one ``resume_state``: the worker has a run, never saw it, or cannot say."""
+        effects: list[Effect] = []
+        for run in self._limbo_of(notice.get("alive"), notice.get("finished")):
+            self._carry(run, generation)
+            run.life, run.limbo_until, run.answered = now, None, True
+            self.counts["resumed_runs"] += 1
+            if run.state is RunState.CANCELLING:
+                effects.append(CancelAtWorker(run, generation))
+            else:
+                run.state = RunState.RUNNING
+                self._set_alarm(run, now)
+        for run in self._limbo_of(notice.get("unknown")):
+            if run.answered or run.state is RunState.CANCELLING:  # it had seen it: never mind what it says
+                effects += self._give_up(run)
+            else:
+                self.counts["resends"] += 1
+                self._queue_again(run)
+        for run in self._limbo_of(notice.get("lost")):
+            effects += self._give_up(run)
+        return effects
+
+    def _limbo_of(self, *lists: Any) -> Iterable[Run]:
+        for ids in lists:
+            for run_id in ids if isinstance(ids, list) else ():
+                run = self._runs.get(run_id) if isinstance(run_id, str) else None
+                if run is not None and run.in_limbo:
+                    yield run
+
+    def forsake(self) -> list[Effect]:
+        """Give up what is in limbo: the worker that had it is not coming back."""
+        effects: list[Effect] = []
+        for run in self.homeless():
+            if run.in_limbo:
+                effects += self._give_up(run)
+        return effects
+
+    def _give_up(self, run: Run) -> list[Effect]:
+        """Decide by its orphan policy for a run that a worker may have executed."""
+        requeue = run.delivery.delivery_orphan_policy == "requeue" and run.state is not RunState.CANCELLING
+        if requeue and self._requeue(run):
+            return []
+        return self._orphan(run, connection_lost(run, run.loss))
+
+    def _requeue(self, run: Run) -> bool:
+        if run.attempt > self._max_requeues or not run.message:
+            return False
+        run.attempt += 1
+        self.counts["requeues"] += 1
+        self._queue_again(run)
+        return True
+
     def _queue_again(self, run: Run) -> None:
-        if run.receipt is not None:  # or it is in line already
-            run.receipt = None
-            run.answered = False
-            run.state = RunState.QUEUED
+        self._carry(run, None)
+        run.receipt, run.limbo_until = None, None
+        run.answered = False
+        run.state = RunState.QUEUED
+        if self._suspect is run:
+            self._suspect = None
+            self._suspects.appendleft(run)
+        elif _MAX_SHARED < run.attempt > self._max_requeues:
+            self._suspects.append(run)
+        else:
             self._ready.append(run)
+
+    def _carry(self, run: Run, generation: int | None) -> None:
+        if run.generation is not None:
+            self._carried[run.generation] -= 1
+            if not self._carried[run.generation]:
+                del self._carried[run.generation]
+        if generation is not None:
+            self._carried[generation] += 1
+        run.generation = generation
+
+    # -- endings -----------------------------------------------------------------
 
     def fail(self, run: Run, error: BaseException) -> list[Effect]:
         """End *run* with *error*: no connection could be had, say."""
@@ -339,32 +411,31 @@ class RunTable:
         effects: list[Effect] = []
         for run in self.of_session(session):
             policy = run.delivery.delivery_orphan_policy
-            if policy != "detach" and run.state is not RunState.CANCELLING:
-                effects.append(CancelAtWorker(run))
-            if policy == "cancel":
-                effects += self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=False))
+            if policy == "detach":
+                effects.append(DetachAtWorker(run, run.generation))
+            elif run.state is not RunState.CANCELLING:
+                effects.append(CancelAtWorker(run, run.generation))
+            if policy == "cancel" and run.timeout is None:
+                effects += self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
             else:
-                text = (
-                    f"Task '{run.task_id}' became orphaned in environment '{run.environment}' "
-                    f"with policy '{policy}'."
-                )
-                error = ConnectionLost(text, run_id=run.run_id, maybe_executed=run.maybe_executed)
-                effects += self._finish(run, RunState.ORPHANED, failed(run, error))
+                effects += self._orphan(run, orphaned(run))
         return effects
 
     def _orphan(self, run: Run, error: BaseException) -> list[Effect]:
         if run.state is not RunState.CANCELLING:
-            return self._finish(run, RunState.ORPHANED, failed(run, error))
+            detached = run.delivery.delivery_orphan_policy == "detach" and run.maybe_executed
+            state = RunState.DETACHED if detached else RunState.ORPHANED
+            return self._finish(run, state, failed(run, error))
         if run.timeout is not None:
             return self._time_out(run)
-        return self._finish(run, RunState.CANCELLED, _cancelled(run, acknowledged=False))
+        return self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
 
     def _await_ack(self, run: Run, now: float, until: Deadline) -> list[Effect]:
         run.state = RunState.CANCELLING
         run.ack_by = until.at
         run.alarm = None
         self._set_alarm(run, now)
-        return [CancelAtWorker(run)]
+        return [CancelAtWorker(run, run.generation)]
 
     def _time_out(self, run: Run) -> list[Effect]:
         assert run.timeout is not None
@@ -374,7 +445,10 @@ class RunTable:
         """Set the terminal state, once, and free what the run held."""
         assert not run.terminal, f"run {run.run_id!r} ended twice"
         run.state = state
-        run.message = b""
+        self._forget_message(run)
+        self._carry(run, None)
+        if self._suspect is run:
+            self._suspect = None
         del self._runs[run.run_id]
         limit = run.delivery.delivery_max_in_flight
         if limit is not None:
@@ -396,54 +470,3 @@ class RunTable:
                 slots.taken += 1
                 run.holds_slot = True
                 self._ready.append(run)
-
-
-def failed(run: Run, error: BaseException) -> dict[str, Any]:
-    """Return the ``task_error`` event of an error made on this side."""
-    return {
-        "type": "task_error",
-        "run_id": run.run_id,
-        "task_id": run.task_id,
-        "exception": error,
-        "error": {
-            "kind": type(error).__name__,
-            "message": str(error),
-            "traceback": "",
-            "retryable": isinstance(error, ConnectionError),
-            "source": "transport",
-        },
-    }
-
-
-def _cancelled(run: Run, *, acknowledged: bool) -> dict[str, Any]:
-    return {
-        "type": "task_cancelled",
-        "run_id": run.run_id,
-        "task_id": run.task_id,
-        "acknowledged": acknowledged,
-    }
-
-
-def connection_lost(run: Run, close_code: int | None, reason: str) -> ConnectionLost:
-    """Return the error of a run whose connection broke."""
-    policy = run.delivery.delivery_orphan_policy
-    if policy == "cancel":
-        said = f" (close code {close_code}{': ' + reason if reason else ''})" if close_code else ""
-        seen = "may have run" if run.maybe_executed else "had not been sent"
-        text = (
-            f"The connection to the worker service was lost{said}; run '{run.run_id}' {seen}. "
-            "Submit it again if that is safe."
-        )
-    else:
-        text = (
-            f"Task '{run.task_id}' orphaned after receiver failure in environment "
-            f"'{run.environment}' (policy='{policy}')."
-        )
-    return ConnectionLost(
-        text,
-        run_id=run.run_id,
-        close_code=close_code,
-        reason=reason,
-        attempt=run.attempt,
-        maybe_executed=run.maybe_executed,
-    )

@@ -1,7 +1,7 @@
 """One user of a link, and the links of this process.
 
 Owns: which options share which link, and what a session may do to its own runs. Never:
-starts a thread, pickles, or touches another session's runs.
+starts a thread, or touches another session's runs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import _fork, frames
-from .errors import ForkedError
+from . import _fork, frames, payloads
+from .errors import ForkedError, PayloadError
 from .link import Link, LinkState, too_large
 from .options import DeliveryOptions, LinkOptions
 from .runs import Run
@@ -60,16 +60,50 @@ class Session:
         *,
         wait: bool = True,
         flush: bool = True,
+        block: bool = True,
     ) -> Run:
         """Send one ``run_task`` frame whose Python values are pickled already.
 
         Its events go to *sink*, called in the thread that brings them: reader, watchdog or a
-        caller. *wait* and *flush* are those of ``Link.submit``.
+        caller. *wait*, *flush* and *block* are those of ``Link.submit``.
 
         Raises ValueError for a frame larger than ``max_message_bytes`` or a run_id in flight.
         """
         self.check_process()
-        run = Run(
+        run = self._run(command, delivery, sink)
+        limit = self.link.options.max_message_bytes
+        if len(run.message) > limit:
+            raise too_large(run.run_id, len(run.message), limit)
+        self.link.submit(run, wait=wait, flush=flush, block=block)
+        return run
+
+    def attach(self, run_id: str, delivery: DeliveryOptions, sink: Callable[[dict[str, Any]], None]) -> Run:
+        """Take a run that was detached, by this process or another with the same key; as :meth:`submit`.
+
+        The run ends with an error of the kind UnknownRun if the worker service does not have it, and
+        with RuntimeError if it keeps no runs at all.
+        """
+        self.check_process()
+        command = {"type": "attach_task", "run_id": run_id, "task_id": run_id.rpartition(":")[0] or run_id}
+        run = self._run({**command, "delivery": delivery.as_frame({})}, delivery, sink, needs="resume")
+        self.link.submit(run)
+        return run
+
+    def decode(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Return *event* with its values unpickled in the calling thread; count what cannot be."""
+        decoded = payloads.decode_event(event)
+        if isinstance(decoded.get("exception"), PayloadError):
+            self.link.count("decode_failures")
+        return decoded
+
+    def _run(
+        self,
+        command: Mapping[str, Any],
+        delivery: DeliveryOptions,
+        sink: Callable[[dict[str, Any]], None],
+        needs: str | None = None,
+    ) -> Run:
+        return Run(
             run_id=command["run_id"],
             task_id=command["task_id"],
             message=frames.encode(command),
@@ -77,12 +111,8 @@ class Session:
             session=self,
             environment=self.environment,
             sink=sink,
+            needs=needs,
         )
-        limit = self.link.options.max_message_bytes
-        if len(run.message) > limit:
-            raise too_large(run.run_id, len(run.message), limit)
-        self.link.submit(run, wait=wait, flush=flush)
-        return run
 
     def cancel(self, run_id: str) -> None:
         """Cancel one of this session's runs by its cancel mode; unknown and ended runs are ignored."""

@@ -15,6 +15,7 @@ from typing import Any
 from . import _fork, payloads, security
 from .errors import ExecutorClosed
 from .frames import COMMANDS
+from .link import Link
 from .options import DeliveryOptions
 from .session import Session, open_session
 
@@ -96,6 +97,23 @@ class SyncWebSocketEnvironmentExecutor:
         else:
             session.abandon()
 
+    def attach(self, run_id: str, **delivery: Any) -> None:
+        """Have the events of a detached run come to :meth:`recv`, the terminal one at least.
+
+        *delivery* are ``delivery_*`` settings that apply from now on. A worker service that does not
+        have the run answers with a ``task_error`` of the kind UnknownRun.
+
+        Raises RuntimeError before ``start()``, ValueError for an id in flight.
+        """
+        with self._lock:
+            session, events = self._started(), self._events
+        session.attach(run_id, DeliveryOptions.from_mapping({**self._defaults, **delivery}), events.put)
+
+    @property
+    def link(self) -> Link | None:
+        """Return the link in use, whose ``stats()`` counts what happened; None if not started."""
+        return None if self._session is None else self._session.link
+
     def recv(self, timeout: float | None = None) -> dict[str, Any]:
         """Return the next event frame, decoded here, in the calling thread.
 
@@ -103,8 +121,7 @@ class SyncWebSocketEnvironmentExecutor:
         came in time, ExecutorClosed when ``stop()`` ends the wait.
         """
         with self._lock:
-            self._started()
-            events = self._events
+            session, events = self._started(), self._events
         try:
             event = events.get(timeout=timeout)
         except Empty:
@@ -112,7 +129,7 @@ class SyncWebSocketEnvironmentExecutor:
         if event is None:
             events.put(None)
             raise ExecutorClosed("websocket executor was stopped.")
-        return payloads.decode_event(event)
+        return session.decode(event)
 
     def stop(self) -> None:
         """End this executor's runs by their orphan policies and let go of the link. Idempotent."""

@@ -63,6 +63,8 @@ class Transport(Protocol):
     @property
     def peer_max_message_bytes(self) -> int | None: ...
     @property
+    def worker(self) -> str: ...
+    @property
     def last_byte_at(self) -> float: ...
     @property
     def partial_at(self) -> float: ...
@@ -88,13 +90,15 @@ class WebSocketTransport:
     """A :class:`Transport` over a connected WebSocket; :func:`dial` makes one.
 
     ``features`` are the extensions that the worker agreed to, None for a worker that does
-    not know of them; ``peer_max_message_bytes`` is the largest message it accepts, if it said.
+    not know of them; ``peer_max_message_bytes`` is the largest message it accepts, if it said;
+    ``worker`` names the instance, "" for a worker that does not say.
     """
 
     def __init__(self, wire: Wire, answer: Answer, options: LinkOptions, clock: Clock) -> None:
         self.wake: Callable[[], None] = _nothing
         self.features = answer.features
         self.peer_max_message_bytes = answer.max_message_bytes
+        self.worker = answer.worker
         self._wire = wire
         self._frames = FrameReader(wire, options.max_message_bytes)
         self._outbox = Outbox()

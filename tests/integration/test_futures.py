@@ -347,7 +347,7 @@ def test_an_unclosed_executor_warns_and_its_runs_end(worker: LoopbackWorker) -> 
         warnings.simplefilter("always")
         pool = WebSocketExecutor(worker.url, security=worker.security, max_message_bytes=1024 * 1024)
         future = pool.submit(mul, 3, 4)
-        threads = [pool._core.session.link._last_connection.watchdog]  # type: ignore[union-attr]
+        threads = [pool._core.session.link._undisposed[-1].watchdog]  # type: ignore[union-attr]
         del pool
         gc.collect()
         assert future.result(WAIT) == 12

@@ -98,15 +98,20 @@ def test_one_dial_for_many_threads(make: Callable[..., Fixture]) -> None:
 
 
 def test_a_rejected_handshake_fails_every_waiter(make: Callable[..., Fixture]) -> None:
-    """Runs and connect() alike get the dial's error, and the next use dials again."""
+    """Runs and connect() alike get the dial's error; for 5 s nobody asks again, then the next use does."""
     fixture = make()
     fixture.transport.dial_error = AuthenticationRejected("no", status=401)
     with pytest.raises(AuthenticationRejected):
         fixture.link.connect(Deadline())
     assert fixture.link.state is LinkState.FATAL
+    fixture.transport.dial_error = None
+    fixture.clock.advance(4.9)
     fixture.submit("r1")
     assert isinstance(fixture.next()["exception"], AuthenticationRejected)
-    fixture.transport.dial_error = None
+    with pytest.raises(AuthenticationRejected):
+        fixture.link.connect(Deadline())
+    assert fixture.link.stats()["dials"] == 1
+    fixture.clock.advance(0.1)
     fixture.submit("r2")
     assert fixture.transport.sent(1)[0]["run_id"] == "r2"
 
@@ -359,7 +364,7 @@ def test_requeue_delivers_again_and_says_so(make: Callable[..., Fixture]) -> Non
 def test_dials_back_off_and_honour_the_peers_wish(make: Callable[..., Fixture]) -> None:
     """0.1 s, 0.16 s ... without jitter here; Retry-After when it is longer; one dial for all."""
     fixture = make()
-    fixture.link._spread = lambda: 0.0
+    fixture.link._reconnect._spread = lambda: 0.0
     dials: list[float] = []
     errors: list[BaseException] = [
         ConnectionRefusedError("no"),
@@ -402,7 +407,7 @@ def test_a_deadline_ends_a_run_while_nobody_answers(make: Callable[..., Fixture]
 def test_without_a_deadline_hope_ends_with_the_resume_window(make: Callable[..., Fixture]) -> None:
     """Nothing may wait for ever for a worker that does not come back."""
     fixture = make(resume_window=10.0)
-    fixture.link._spread = lambda: 0.0
+    fixture.link._reconnect._spread = lambda: 0.0
     fixture.submit("r1", delivery_orphan_policy="requeue")
     fixture.transport.sent(1)
     lost = fixture.transport

@@ -22,10 +22,14 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     tuple(frozenset({name}) for name in ("frames", "payloads", "security")),
     (
         frozenset({"transport", "_framing", "_handshake", "_outbox", "_route", "_wire"}),
-        frozenset({"runs"}),
+        frozenset({"runs", "_run", "_reconnect"}),
         frozenset({"worker.auth", "worker.commands", "worker.jobs", "worker.logs", "worker.runs"}),
     ),
-    (frozenset({"link", "connection"}), frozenset({"_memory"}), frozenset({"worker.engines"})),
+    (
+        frozenset({"link", "_link_core", "_link_threads", "_tell", "connection"}),
+        frozenset({"_memory"}),
+        frozenset({"worker.engines"}),
+    ),
     (frozenset({"session"}),),
     (
         frozenset({"sync", "futures", "aio", "plugin", ""}),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import Counter
 from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from wove_ws_sync.errors import ConnectionLost, DeliveryTimeout
 from wove_ws_sync.frames import EVENTS, TERMINAL_EVENTS
 from wove_ws_sync.options import DeliveryOptions
-from wove_ws_sync.runs import CancelAtWorker, Deliver, Effect, Run, RunState, RunTable
+from wove_ws_sync.runs import Deliver, Effect, Loss, Run, RunState, RunTable
 
 SESSIONS = ["a", "b"]
 SECONDS = st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.5, 10.0, 60.0])
@@ -46,23 +47,27 @@ class Runs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 100.0
-        self.table = RunTable(cancel_ack_timeout=5.0)
+        self.table = RunTable(cancel_ack_timeout=5.0, max_requeues=3)
+        self.generation = 1
+        self.draining: set[int] = set()
         self.registered: dict[str, Run] = {}
         self.ended: Counter[str] = Counter()
         self.count = 0
 
     known = Bundle("known")
 
-    @initialize(factor=st.sampled_from([1.0, 2.0]))
-    def connect(self, factor: float) -> None:
+    @initialize(factor=st.sampled_from([1.0, 2.0]), max_requeues=st.sampled_from([0, 1, 2, 3]))
+    def connect(self, factor: float, max_requeues: int) -> None:
+        self.table = RunTable(cancel_ack_timeout=5.0, max_requeues=max_requeues)
         self.table.heartbeat_factor = factor
+        self.max_requeues = max_requeues
 
     def apply(self, effects: list[Effect]) -> None:
         """Do what a link does with effects, and judge them."""
         for effect in effects:
             run = effect.run
             assert self.registered[run.run_id] is run
-            if isinstance(effect, CancelAtWorker):
+            if not isinstance(effect, Deliver):
                 continue
             assert effect.event["run_id"] == run.run_id
             assert not self.ended[run.run_id], "an event came after the end"
@@ -92,14 +97,24 @@ class Runs(RuleBasedStateMachine):
         self.table.register(run, self.now)
         return run.run_id
 
+    @rule(target=known, delivery=DELIVERIES, session=st.sampled_from(SESSIONS), done=st.booleans())
+    def send(self, delivery: DeliveryOptions, session: str, done: bool) -> str:
+        """Register a run and let everything that is ready leave, so that there is something to lose."""
+        run_id = self.register(delivery, session)
+        self.post(refused=False)
+        for run in self.alive():
+            self.leave(run.run_id, done=done or run.run_id != run_id)
+        return run_id
+
     @rule(run_id=known)
     def cancel(self, run_id: str) -> None:
         run = self.registered[run_id]
         before = run.state
         self.apply(self.table.cancel(run, self.now))
-        if before not in (RunState.QUEUED, RunState.SENT, RunState.RUNNING):
+        if before not in (RunState.QUEUED, RunState.SENT, RunState.RUNNING, RunState.LIMBO):
             assert run.state is before
 
+    @precondition(lambda self: len(self.alive()) > 4)
     @rule(session=st.sampled_from(SESSIONS))
     def abandon(self, session: str) -> None:
         self.apply(self.table.abandon(session))
@@ -114,7 +129,7 @@ class Runs(RuleBasedStateMachine):
             if refused and position == 0:
                 self.apply(self.table.fail(run, ValueError("too large")))
             else:
-                self.table.sent(run, Receipt(), self.now)
+                self.table.sent(run, Receipt(), self.now, self.generation)
 
     @rule(run_id=known, done=st.booleans())
     def leave(self, run_id: str, done: bool) -> None:
@@ -123,38 +138,122 @@ class Runs(RuleBasedStateMachine):
             receipt.started = True
             receipt.sent_at = self.now if done else None
 
-    @rule(run_id=known, kind=st.sampled_from(sorted(EVENTS)))
-    def receive(self, run_id: str, kind: str) -> None:
-        dropped = self.table.dropped["unknown_run"]
-        wanted = not self.ended[run_id] and self.registered[run_id].receipt is not None
-        effects = self.table.receive({"type": kind, "run_id": run_id}, self.now)
+    @rule(
+        run_id=known,
+        kind=st.sampled_from(sorted(EVENTS)),
+        back=st.sampled_from([0, 0, 0, 1]),
+        stopping=st.sampled_from([None, None, True, False]),
+    )
+    def receive(self, run_id: str, kind: str, back: int, stopping: bool | None) -> None:
+        """An event, by this connection or an earlier one; perhaps the worker hands the run back."""
+        run, generation = self.registered[run_id], self.generation - back
+        event: dict[str, Any] = {"type": kind, "run_id": run_id}
+        if kind == "task_error" and stopping is not None:
+            event["error"] = {"kind": "WorkerStopping", "retryable": True, "source": "executor"}
+            event["error"]["started"] = stopping
+        dropped = self.table.dropped.total()
+        wanted = not self.ended[run_id] and run.generation == generation
+        effects = self.table.receive(event, self.now, generation)
         self.apply(effects)
-        assert bool(effects) == wanted
-        assert self.table.dropped["unknown_run"] == dropped + (not wanted)
-        if wanted and kind in TERMINAL_EVENTS:
+        assert wanted or not effects
+        assert self.table.dropped.total() == dropped + (not wanted)
+        if wanted and kind in TERMINAL_EVENTS and "error" not in event:
             assert self.ended[run_id] == 1
+        if wanted and "error" in event and not self.ended[run_id]:
+            assert run.state is RunState.QUEUED
 
     @rule(kind=st.sampled_from(sorted(EVENTS)))
     def receive_for_nobody(self, kind: str) -> None:
-        assert self.table.receive({"type": kind, "run_id": "nobody"}, self.now) == []
+        event = {"type": kind, "run_id": "nobody"}
+        assert self.table.receive(event, self.now, self.generation) == []
 
-    @rule(max_requeues=st.sampled_from([0, 1, 3]))
-    def lose(self, max_requeues: int) -> None:
-        before = {run.run_id: (run.maybe_executed, run.state, run.attempt) for run in self.alive()}
-        effects = self.table.lost(1006, "gone", max_requeues)
+    # -- connections that come and go ----------------------------------------------------
+
+    @rule()
+    def drain(self) -> None:
+        """The worker stops: its connection keeps what it has, another one takes what is new."""
+        self.draining.add(self.generation)
+        self.generation += 1
+
+    @precondition(lambda self: any(run.generation is not None for run in self.alive()))
+    @rule(window=st.sampled_from([None, 1.0, 10.0]), drained=st.booleans())
+    def lose(self, window: float | None, drained: bool) -> None:
+        if drained and self.draining:
+            lost, window = self.draining.pop(), None
+        else:
+            lost, self.generation = self.generation, self.generation + 1
+        carried = [run for run in self.alive() if run.generation == lost]
+        others = {run.run_id: run.state for run in self.alive() if run.generation != lost}
+        before = {run.run_id: (run.maybe_executed, run.state, run.attempt, run.cuts) for run in carried}
+        self.expect_losses(
+            self.table.lost(lost, Loss(1006, "gone"), self.now, None if window is None else self.now + window)
+        )
+        for run in carried:
+            seen, state, attempt, cuts = before[run.run_id]
+            assert run.generation is None
+            if state is RunState.CANCELLING:
+                assert run.terminal is (window is None)
+            elif not seen:
+                assert run.terminal is (run.cuts > 3)
+                assert run.terminal or (run.state, run.attempt) == (RunState.QUEUED, attempt)
+                assert run.cuts - cuts in (0, 1)
+            elif window is not None:
+                assert run.state is RunState.LIMBO
+            else:
+                self.expect_policy(run, attempt)
+        for run_id, state in others.items():
+            assert self.registered[run_id].state is state
+
+    def expect_losses(self, effects: list[Effect]) -> None:
         for effect in effects:
             assert isinstance(effect, Deliver)
             error = effect.event.get("exception")
             assert error is None or isinstance(error, ConnectionLost | DeliveryTimeout)
         self.apply(effects)
-        for run_id, (seen, state, attempt) in before.items():
+
+    def expect_policy(self, run: Run, attempt: int) -> None:
+        """The worker that had it is gone: requeued, or at its end."""
+        again = run.delivery.delivery_orphan_policy == "requeue" and attempt <= self.max_requeues
+        assert run.terminal is not again
+        if again:
+            assert (run.state, run.attempt, run.message) == (RunState.QUEUED, attempt + 1, b"{}")
+
+    @precondition(lambda self: self.table.limbo())
+    @rule(answer=st.lists(st.sampled_from(["alive", "finished", "unknown", "lost"]), max_size=8))
+    def resume(self, answer: list[str]) -> None:
+        """The worker is there again and says what it has, of some runs or all."""
+        limbo = self.table.limbo()
+        self.table.resuming(self.now + 5.0)
+        notice: dict[str, Any] = {"alive": ["nobody", 7], "finished": None}
+        for run_id, what in zip(limbo, answer, strict=False):
+            notice.setdefault(what, None)
+            notice[what] = [*(notice[what] or []), run_id]
+        before = {run_id: self.registered[run_id].state for run_id in limbo}
+        self.apply(self.table.resumed(notice, self.now, self.generation))
+        for run_id, what in zip(limbo, answer, strict=False):
             run = self.registered[run_id]
-            again = run.delivery.delivery_orphan_policy == "requeue" and attempt <= max_requeues
-            stays = state is not RunState.CANCELLING and (not seen or again)
-            assert run.terminal is not stays
-            if stays:
-                assert (run.state, run.message) == (RunState.QUEUED, b"{}")
-                assert run.attempt == attempt + seen
+            if what in ("alive", "finished"):
+                kept = before[run_id] if before[run_id] is RunState.CANCELLING else RunState.RUNNING
+                assert (run.state, run.generation) == (kept, self.generation)
+            else:
+                assert run.terminal or run.state is RunState.QUEUED
+        for run_id in limbo[len(answer) :]:
+            assert self.registered[run_id].state is before[run_id]
+
+    @precondition(lambda self: self.table.limbo())
+    @rule()
+    def forsake(self) -> None:
+        """Another worker answers: what was in limbo is lost."""
+        limbo = {run_id: self.registered[run_id] for run_id in self.table.limbo()}
+        before = {run_id: (run.state, run.attempt) for run_id, run in limbo.items()}
+        self.expect_losses(self.table.forsake())
+        for run_id, run in limbo.items():
+            state, attempt = before[run_id]
+            if state is RunState.CANCELLING:
+                assert run.terminal
+            else:
+                self.expect_policy(run, attempt)
+        assert self.table.limbo() == []
 
     # -- time ----------------------------------------------------------------------------
 
@@ -193,8 +292,24 @@ class Runs(RuleBasedStateMachine):
     def who_may_go_is_ready(self) -> None:
         queued = [run for run in self.alive() if run.state is RunState.QUEUED]
         free = [run for run in queued if run.holds_slot or run.delivery.delivery_max_in_flight is None]
-        ready = [run.run_id for run in self.table._ready if not run.terminal]
+        table = self.table
+        ready = [run.run_id for run in [*table._ready, *table._suspects] if not run.terminal]
         assert sorted(ready) == sorted(run.run_id for run in free)
+
+    @invariant()
+    def suspects_go_alone(self) -> None:
+        suspect = self.table._suspect
+        assert suspect is None or (not suspect.terminal and suspect.state is not RunState.QUEUED)
+        for run in self.table._suspects:
+            assert run.attempt > self.max_requeues
+
+    @invariant()
+    def what_is_buffered_and_carried_adds_up(self) -> None:
+        alive = self.alive()
+        assert self.table.buffered == sum(len(run.message) for run in alive)
+        carried = Counter(run.generation for run in alive if run.generation is not None)
+        assert all(self.table.carried(number) == carried[number] for number in range(self.generation + 1))
+        assert self.table.homeless() == [run for run in alive if run.generation is None]
 
     @invariant()
     def no_deadline_is_forgotten(self) -> None:
@@ -205,12 +320,25 @@ class Runs(RuleBasedStateMachine):
                 continue
             if run.deadline.at is not None:
                 moments.append(run.deadline.at)
+            if run.limbo_until is not None:
+                moments.append(run.limbo_until)
             interval = run.delivery.delivery_heartbeat_seconds
-            if interval is not None and run.receipt is not None and run.receipt.sent_at is not None:
-                silent_since = max(run.life, run.receipt.sent_at)
+            at_worker = run.receipt is not None and run.receipt.sent_at is not None and not run.in_limbo
+            if interval is not None and at_worker:
+                assert run.receipt is not None
+                silent_since = max(run.life, _given(run.receipt.sent_at))
                 moments.append(silent_since + interval * self.table.heartbeat_factor)
         if moments:
             assert _given(self.table.next_alarm()) <= min(moments)
+
+    def look(self) -> None:
+        """Check what is always true, on a walk that hypothesis does not lead."""
+        self.nothing_is_lost()
+        self.slots_are_taken_by_the_living()
+        self.who_may_go_is_ready()
+        self.suspects_go_alone()
+        self.what_is_buffered_and_carried_adds_up()
+        self.no_deadline_is_forgotten()
 
     def teardown(self) -> None:
         for session in SESSIONS:
@@ -222,6 +350,66 @@ class Runs(RuleBasedStateMachine):
 def _given(moment: Any) -> float:
     assert isinstance(moment, float)
     return moment
+
+
+DELIVERY_CHOICES: dict[str, list[Any]] = {
+    "delivery_timeout": [None, None, 3.0, 20.0],
+    "delivery_heartbeat_seconds": [None, None, 2.0],
+    "delivery_cancel_mode": ["best_effort", "require_ack"],
+    "delivery_orphan_policy": ["fail", "cancel", "requeue", "requeue", "detach"],
+    "delivery_max_in_flight": [None, None, 2],
+}
+
+
+def walk(seed: int, steps: int) -> Counter[str]:
+    """Take the same machine for a long walk, which hypothesis keeps short; return what was met."""
+    pick = random.Random(seed)
+    machine = Runs()
+    machine.connect(1.0, pick.choice([2, 3]))
+    met: Counter[str] = Counter()
+    for _ in range(steps):
+        known = list(machine.registered)[-30:]
+        limbo = machine.table.limbo()
+        what = pick.choices(
+            ["send", "receive", "lose", "resume", "forsake", "tick", "cancel", "drain", "post", "abandon"],
+            [30, 30, 8, 10, 3, 8, 4, 2, 10, 0.2],
+        )[0]
+        if what == "send":
+            chosen = {key: pick.choice(values) for key, values in DELIVERY_CHOICES.items()}
+            machine.send(DeliveryOptions(**chosen), pick.choice(SESSIONS), pick.random() < 0.7)
+        elif what == "receive" and known:
+            kind, stopping = pick.choice(sorted(EVENTS)), pick.choice([None, None, True, False])
+            machine.receive(pick.choice(known), kind, pick.choice([0, 0, 1]), stopping)
+        elif what == "lose" and machine.alive():
+            machine.lose(pick.choice([None, 1.0, 10.0, 10.0]), pick.random() < 0.3)
+        elif what == "resume" and limbo:
+            machine.resume(pick.choices(["alive", "alive", "finished", "unknown", "lost"], k=len(limbo)))
+        elif what == "forsake" and limbo:
+            machine.forsake()
+        elif what == "tick":
+            machine.tick(pick.choice([0.0, 0.1, 0.5, 2.5]), pick.random() < 0.1)
+        elif what == "cancel" and known:
+            machine.cancel(pick.choice(known))
+        elif what == "drain":
+            machine.drain()
+        elif what == "post":
+            machine.post(refused=pick.random() < 0.1)
+        elif what == "abandon":
+            machine.abandon(pick.choice(SESSIONS))
+        machine.look()
+        met["suspects"] += machine.table._suspect is not None
+        met["cancelling"] += any(run.state is RunState.CANCELLING for run in machine.alive())
+    met.update(machine.table.counts)
+    machine.teardown()
+    return met
+
+
+def test_long_walks_meet_everything() -> None:
+    """Thousands of steps: nothing ends twice or never, and every kind of second chance is met."""
+    met: Counter[str] = Counter()
+    for seed in range(12):
+        met += walk(seed, 400)
+    assert min(met[what] for what in ("requeues", "resends", "resumed_runs", "suspects", "cancelling")) > 10
 
 
 TestRuns = Runs.TestCase

@@ -9,7 +9,7 @@ import pytest
 
 from wove_ws_sync.errors import ConnectionLost, DeliveryTimeout
 from wove_ws_sync.options import DeliveryOptions
-from wove_ws_sync.runs import CancelAtWorker, Deliver, Effect, Run, RunState, RunTable
+from wove_ws_sync.runs import CancelAtWorker, Deliver, Effect, Loss, Run, RunState, RunTable
 
 
 @dataclasses.dataclass
@@ -36,15 +36,27 @@ def make_run(run_id: str = "r", **delivery: Any) -> Run:
     )
 
 
-def table() -> RunTable:
-    return RunTable(cancel_ack_timeout=10.0)
+def table(max_requeues: int = 3) -> RunTable:
+    return RunTable(cancel_ack_timeout=10.0, max_requeues=max_requeues)
 
 
 def on_its_way(runs: RunTable, run: Run, now: float = 0.0, receipt: Receipt | None = None) -> Run:
     runs.register(run, now)
-    for ready in runs.take_ready():
-        runs.sent(ready, receipt or Receipt(sent_at=now), now)
+    post(runs, now, receipt)
     return run
+
+
+def post(runs: RunTable, now: float = 0.0, receipt: Receipt | None = None, generation: int = 1) -> list[str]:
+    """Hand what is ready to connection number *generation*; return whose it was."""
+    ready = runs.take_ready()
+    for run in ready:
+        runs.sent(run, receipt or Receipt(sent_at=now), now, generation)
+    return [run.run_id for run in ready]
+
+
+def lose(runs: RunTable, code: int | None = None, reason: str = "", *, generation: int = 1) -> list[Effect]:
+    """Lose connection number *generation*, to a worker that keeps nothing."""
+    return runs.lost(generation, Loss(code, reason), 0.0, None)
 
 
 def event(kind: str, run_id: str = "r", **fields: Any) -> dict[str, Any]:
@@ -63,11 +75,11 @@ def test_result_ends_a_run_once() -> None:
     """The first terminal event wins; what comes later is counted and dropped."""
     runs = table()
     run = on_its_way(runs, make_run())
-    assert delivered(runs.receive(event("task_started"), 1.0)) == [event("task_started")]
+    assert delivered(runs.receive(event("task_started"), 1.0, 1)) == [event("task_started")]
     assert run.state is RunState.RUNNING
-    assert len(delivered(runs.receive(event("task_result"), 2.0))) == 1
+    assert len(delivered(runs.receive(event("task_result"), 2.0, 1))) == 1
     assert run.state is RunState.DONE
-    assert runs.receive(event("task_error"), 3.0) == []
+    assert runs.receive(event("task_error"), 3.0, 1) == []
     assert runs.dropped["unknown_run"] == 1
     assert len(runs) == 0
 
@@ -84,7 +96,7 @@ def test_an_id_may_be_used_again_after_its_end() -> None:
     """Ended runs leave nothing behind."""
     runs = table()
     on_its_way(runs, make_run())
-    runs.receive(event("task_result"), 1.0)
+    runs.receive(event("task_result"), 1.0, 1)
     on_its_way(runs, make_run())
     assert len(runs) == 1
 
@@ -97,7 +109,7 @@ def test_deadline_counts_from_register(receipt: Receipt | None) -> None:
     runs.register(run, 100.0)
     if receipt is not None:
         runs.take_ready()
-        runs.sent(run, receipt, 101.0)
+        runs.sent(run, receipt, 101.0, 1)
     assert runs.next_alarm() == 103.0
     assert runs.tick(102.9) == []
     effects = runs.tick(103.0)
@@ -126,7 +138,7 @@ def test_every_event_of_the_run_is_life(kind: str) -> None:
     """A log says as much as a heartbeat."""
     runs = table()
     on_its_way(runs, make_run(delivery_heartbeat_seconds=1.0))
-    runs.receive(event(kind), 0.9)
+    runs.receive(event(kind), 0.9, 1)
     assert runs.tick(1.8) == []
     assert delivered(runs.tick(1.9))
 
@@ -171,7 +183,7 @@ def test_best_effort_cancel_ends_at_once() -> None:
         {"type": "task_cancelled", "run_id": "r", "task_id": "task", "acknowledged": False}
     ]
     assert runs.cancel(run, 1.1) == []
-    assert runs.receive(event("task_result"), 2.0) == []
+    assert runs.receive(event("task_result"), 2.0, 1) == []
 
 
 def test_require_ack_waits_for_the_worker() -> None:
@@ -181,7 +193,7 @@ def test_require_ack_waits_for_the_worker() -> None:
     effects = runs.cancel(run, 1.0)
     assert cancels(effects) == ["r"] and delivered(effects) == []
     assert run.state is RunState.CANCELLING
-    [ended] = delivered(runs.receive(event("task_cancelled"), 2.0))
+    [ended] = delivered(runs.receive(event("task_cancelled"), 2.0, 1))
     assert ended["acknowledged"] is True
 
 
@@ -190,7 +202,7 @@ def test_require_ack_lets_a_result_win() -> None:
     runs = table()
     run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack"))
     runs.cancel(run, 1.0)
-    assert delivered(runs.receive(event("task_result"), 2.0)) == [event("task_result")]
+    assert delivered(runs.receive(event("task_result"), 2.0, 1)) == [event("task_result")]
     assert run.state is RunState.DONE
 
 
@@ -214,7 +226,7 @@ def test_require_ack_after_a_timeout(answer: str | None, acknowledged: bool, lat
     runs = table()
     on_its_way(runs, make_run(delivery_cancel_mode="require_ack", delivery_heartbeat_seconds=1.0))
     assert cancels(runs.tick(1.0)) == ["r"]
-    effects = runs.receive(event(answer), 2.0) if answer else runs.tick(11.0)
+    effects = runs.receive(event(answer), 2.0, 1) if answer else runs.tick(11.0)
     error = delivered(effects)[0]["exception"]
     assert isinstance(error, DeliveryTimeout)
     assert (error.cancel_acknowledged, error.late_result) == (acknowledged, late)
@@ -239,13 +251,13 @@ def test_slots_hold_back_and_let_go_in_order() -> None:
     first = runs.take_ready()
     assert [run.run_id for run in first] == ["r0", "r1"]
     for run in first:
-        runs.sent(run, Receipt(), 0.0)
+        runs.sent(run, Receipt(), 0.0, 1)
     waiting = runs.get("r2")
     assert waiting is not None
     runs.cancel(waiting, 0.5)
-    runs.receive(event("task_result", "r0"), 1.0)
+    runs.receive(event("task_result", "r0"), 1.0, 1)
     assert [run.run_id for run in runs.take_ready()] == ["r3"]
-    runs.receive(event("task_result", "r1"), 1.0)
+    runs.receive(event("task_result", "r1"), 1.0, 1)
     assert runs.take_ready() == []
 
 
@@ -253,7 +265,7 @@ def test_loss_ends_what_a_worker_may_have_seen() -> None:
     """ConnectionLost for each, saying that it may have run, and how the connection ended."""
     runs = table()
     on_its_way(runs, make_run())
-    [ended] = delivered(runs.lost(1006, "gone", max_requeues=3))
+    [ended] = delivered(lose(runs, 1006, "gone"))
     error = ended["exception"]
     assert isinstance(error, ConnectionLost)
     assert error.maybe_executed
@@ -272,26 +284,26 @@ def test_loss_sends_again_what_had_not_left(policy: str, receipt: Receipt | None
     runs.register(run, 0.0)
     if receipt is not None:
         runs.take_ready()
-        runs.sent(run, receipt, 0.0)
+        runs.sent(run, receipt, 0.0, 1)
     for _ in range(2):
-        assert delivered(runs.lost(None, "", max_requeues=0)) == []
+        assert delivered(lose(runs)) == []
     assert runs.take_ready() == [run]
     assert (run.attempt, run.message) == (1, b"{}")
 
 
 def test_requeue_sends_again_a_limited_number_of_times() -> None:
     """A run that kills every worker it meets must come to an end."""
-    runs = table()
+    runs = table(max_requeues=2)
     run = on_its_way(runs, make_run(delivery_orphan_policy="requeue"))
     for attempt in (2, 3):
-        runs.receive(event("task_started"), 1.0)
-        assert delivered(runs.lost(None, "", max_requeues=2)) == []
+        runs.receive(event("task_started"), 1.0, 1)
+        assert delivered(lose(runs)) == []
         assert runs.take_ready() == [run]
         assert run.attempt == attempt
-        runs.sent(run, Receipt(), 2.0)
-    [ended] = delivered(runs.lost(None, "", max_requeues=2))
+        runs.sent(run, Receipt(), 2.0, 1)
+    [ended] = delivered(lose(runs))
     assert ended["exception"].attempt == 3
-    assert runs.requeues == 2
+    assert runs.counts["requeues"] == 2
 
 
 def test_a_requeued_run_keeps_its_slot_and_its_deadline() -> None:
@@ -300,7 +312,7 @@ def test_a_requeued_run_keeps_its_slot_and_its_deadline() -> None:
     options = {"delivery_orphan_policy": "requeue", "delivery_max_in_flight": 1, "delivery_timeout": 5.0}
     first = on_its_way(runs, make_run("first", **options))
     runs.register(make_run("second", **options), 0.0)
-    runs.lost(None, "", max_requeues=3)
+    lose(runs)
     assert runs.take_ready() == [first]
     assert [item["run_id"] for item in delivered(runs.tick(5.0))] == ["first", "second"]
 
@@ -310,7 +322,7 @@ def test_loss_keeps_woves_text_for_its_policies(policy: str) -> None:
     """Programs match on it."""
     runs = table()
     on_its_way(runs, make_run(delivery_orphan_policy=policy))
-    [ended] = delivered(runs.lost(None, "", max_requeues=3))
+    [ended] = delivered(lose(runs))
     assert str(ended["exception"]) == (
         f"Task 'task' orphaned after receiver failure in environment 'env' (policy='{policy}')."
     )
@@ -342,7 +354,7 @@ def test_alarms_of_ended_runs_are_forgotten() -> None:
     runs = table()
     for number in range(10_000):
         on_its_way(runs, make_run(f"r{number}", delivery_timeout=3600.0))
-        runs.receive(event("task_result", f"r{number}"), 0.0)
+        runs.receive(event("task_result", f"r{number}"), 0.0, 1)
     assert len(runs._alarms) <= 128
 
 
@@ -353,10 +365,10 @@ def test_a_message_that_ends_connections_is_given_up() -> None:
     runs.register(run, 0.0)
     for _ in range(3):
         assert runs.take_ready() == [run]
-        runs.sent(run, Receipt(started=True, sent_at=None), 0.0)
-        assert delivered(runs.lost(1009, "too big", max_requeues=3)) == []
+        runs.sent(run, Receipt(started=True, sent_at=None), 0.0, 1)
+        assert delivered(lose(runs, 1009, "too big")) == []
     runs.take_ready()
-    runs.sent(run, Receipt(started=True, sent_at=None), 0.0)
-    [ended] = delivered(runs.lost(1009, "too big", max_requeues=3))
+    runs.sent(run, Receipt(started=True, sent_at=None), 0.0, 1)
+    [ended] = delivered(lose(runs, 1009, "too big"))
     assert ended["exception"].close_code == 1009
     assert not ended["exception"].maybe_executed

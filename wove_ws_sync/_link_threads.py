@@ -1,0 +1,394 @@
+"""What a link's two threads do: dial, read, keep deadlines, notice the end, dial again.
+
+Owns: the reader and the watchdog thread of each connection. Never: pickles, and runs no user
+code but done-callbacks and logging handlers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+from queue import Empty
+from typing import Any
+
+from . import frames, security
+from ._link_core import OVER, LinkCore, LinkState, running, same_error
+from ._reconnect import is_final
+from ._tell import host_log, note
+from .connection import Connection
+from .errors import ExecutorClosed
+from .runs import Effect, Loss, connection_lost
+from .timing import Deadline
+from .transport import Transport, TransportClosed
+
+__all__ = ["LinkThreads"]
+
+_numbers = itertools.count(1)
+
+# How often and how many times the watchdog looks again before it judges while the reader
+# still has bytes to read: a process that was suspended reads first and judges then.
+_LOOK_AGAIN = 0.005
+_LOOKS = 20
+# A worker that is asked what became of earlier runs has so many seconds to answer.
+_RESUME_PATIENCE = 5.0
+
+
+class LinkThreads(LinkCore):
+    """A link that dials and reads; :class:`~wove_ws_sync.link.Link` is what others use of it."""
+
+    # -- starting ----------------------------------------------------------------
+
+    def _start(self) -> Connection:
+        """Return the present connection, a new one that dials at once if there is none."""
+        with self._state_lock:
+            if self._state in OVER:
+                raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
+            if self._connection is not None:
+                return self._connection
+            connection = self._new_connection(self._clock.monotonic())
+            self._set_state(LinkState.DIALING)
+        self._begin(connection)
+        return connection
+
+    def _begin(self, connection: Connection) -> None:
+        """Start the watchdog, which starts the reader when it is time to dial."""
+        try:
+            self._clock.subscribe(connection.waker.wake)
+            name = f"wove-ws-watchdog-{next(_numbers)}"
+            connection.watchdog = threading.Thread(
+                target=self._watch, args=(connection,), name=name, daemon=True
+            )
+            connection.watchdog.start()
+        except BaseException as exc:  # the system gives no more threads, or Ctrl-C
+            if connection.watchdog is None or not connection.watchdog.is_alive():
+                self._end(connection, exc)
+                connection.dispose()
+            raise
+
+    def _dial_if_due(self, connection: Connection, now: float) -> None:
+        """Start the reader, which dials. Watchdog thread only."""
+        with self._state_lock:
+            if not Deadline(connection.dial_at).expired(now) or self._connection is not connection:
+                return
+            connection.dial_at = None
+            if self._state is LinkState.BACKOFF:
+                if not self._table.homeless() and not self._connecting:  # who waited has been cancelled
+                    self._retire(connection)
+                    self._set_state(self._rest())
+                    return
+                self._set_state(LinkState.DIALING)
+            if self._state is not LinkState.DIALING:
+                return
+            self._counts["dials"] += 1
+        name = f"wove-ws-reader-{next(_numbers)}"
+        connection.reader = threading.Thread(target=self._read, args=(connection,), name=name, daemon=True)
+        try:
+            connection.reader.start()
+        except RuntimeError as exc:  # the system gives no more threads
+            connection.reader = None
+            self._end(connection, exc)
+
+    # -- the reader thread -------------------------------------------------------
+
+    def _read(self, connection: Connection) -> None:
+        running.link = self
+        try:
+            headers = {**security.handshake_headers(self.options), **self._introduction()}
+            transport = self._dial(self.options, headers, clock=self._clock)
+            self._connected(connection, transport)
+            while True:
+                self._take(connection, transport.recv())
+        except Exception as exc:
+            if not isinstance(exc, TransportClosed | OSError | ValueError | RuntimeError):
+                note(host_log, logging.ERROR, "the reader failed", exc_info=True, extra=self._extra("lose"))
+            self._end(connection, exc)
+        except BaseException as exc:
+            self._end(connection, exc)
+            raise
+
+    def _introduction(self) -> dict[str, str]:
+        """Return the headers that offer the extensions."""
+        return {
+            "X-Wove-Sync": f"1; f={','.join(frames.FEATURES)}",
+            "X-Wove-Host": self._name,
+            "X-Wove-Resume-Window": str(self.options.resume_window),
+        }
+
+    def _connected(self, connection: Connection, transport: Transport) -> None:
+        """Become READY and send what waits; raise TransportClosed if nobody wants the connection any more."""
+        with self._state_lock:
+            connection.connected(transport)
+            if self._connection is not connection or self._state is not LinkState.DIALING:
+                raise TransportClosed("closed by this side")
+            now = connection.up_since = self._clock.monotonic()
+            self._counts["connects"] += 1
+            self._table.heartbeat_factor = 1.0 if transport.features is not None else 2.0
+            self._set_state(LinkState.READY)
+            effects = self._find_runs(connection, transport.worker, now)
+            effects += self._post_ready(now)
+            moment = self._next_decision()
+        where = (self.options.host, self.options.port)
+        note(host_log, logging.INFO, "connected to %s:%s", *where, extra=self._extra("connect"))
+        self._apply(effects)
+        connection.flush()
+        self._mind(moment)
+        connection.waker.wake()
+
+    def _find_runs(self, connection: Connection, worker: str, now: float) -> list[Effect]:
+        """Ask for the runs of the connection before, or give them up. Hold ``_state_lock``."""
+        known = connection.offers("resume") and worker == self._worker
+        self._worker = worker
+        if not known:
+            return self._table.forsake()
+        self._counts["resumes"] += 1
+        self._table.resuming(now + _RESUME_PATIENCE)
+        connection.resume(self._table.limbo())
+        return []
+
+    def _take(self, connection: Connection, message: bytes | bytearray) -> None:
+        try:
+            decoded = frames.decode(message)
+        except frames.InvalidMessage as exc:
+            assert connection.transport is not None
+            connection.transport.close(exc.close_code, str(exc))
+            connection.flush()
+            raise TransportClosed(str(exc), close_code=exc.close_code, reason=str(exc)) from None
+        now = self._clock.monotonic()
+        effects: list[Effect] = []
+        arrived: list[str] = []
+        with self._state_lock:
+            self._counts["events"] += len(decoded.events)
+            for reason in decoded.ignored:
+                self._table.dropped[reason] += 1
+            if decoded.events:
+                self._reconnect.proven()
+            for event in decoded.events:
+                if event["type"] in frames.NOTICES:
+                    effects += self._take_notice(connection, event, now)
+                    continue
+                elsewhere = self._table.waits_elsewhere(event["run_id"], connection.generation)
+                if event["type"] in frames.TERMINAL_EVENTS and not elsewhere:
+                    arrived.append(event["run_id"])
+                effects += self._table.receive(event, now, connection.generation)
+            self._follow_up(effects)
+            empty = connection.draining and not self._table.carried(connection.generation)
+            waiting = (
+                self._connection is None and self._state is LinkState.DRAINING and self._table.homeless()
+            )
+            moment = self._next_decision()
+        connection.acknowledge(arrived)
+        self._apply(effects)
+        if waiting:
+            self._start_again()
+        if empty and not connection.close_reason:
+            connection.say_goodbye()
+        self._mind(Deadline(moment).earliest(Deadline(connection.next_check(self.options))).at)
+
+    def _take_notice(self, connection: Connection, notice: dict[str, Any], now: float) -> list[Effect]:
+        """Apply what a worker says of itself. Hold ``_state_lock``."""
+        if notice["type"] == "resume_state" and connection.offers("resume"):
+            return self._table.resumed(notice, now, connection.generation)
+        if notice["type"] == "draining" and connection.offers("drain"):
+            if not connection.draining and self._connection is connection and self._state not in OVER:
+                connection.draining = True
+                self._counts["drains"] += 1
+                self._connection = None
+                self._reconnect.draining(now, notice.get("timeout"))
+                self._set_state(LinkState.DRAINING)
+        else:
+            self._table.dropped["type"] += 1
+        return []
+
+    def _start_again(self) -> None:
+        """Dial for runs that a worker that stops will not take."""
+        try:
+            self._start()
+        except Exception as exc:  # no descriptor, no thread
+            with self._state_lock:
+                effects = self._fail_homeless(exc)
+            self._apply(effects)
+
+    # -- the end of a connection --------------------------------------------------
+
+    def _end(self, connection: Connection, exc: BaseException) -> None:
+        """End the connection, once; dial again after a while if runs wait for that."""
+        connection.close_reason = connection.close_reason or getattr(exc, "reason", "") or str(exc)
+        if connection.transport is not None:
+            connection.flush()  # the answer to the peer's close frame
+            connection.transport.abort()  # before it is decided what had left: nothing may leave after that
+        now = self._clock.monotonic()
+        loss = Loss(getattr(exc, "close_code", None), connection.close_reason)
+        with self._state_lock:
+            if connection.generation not in self._live:
+                return
+            limbo_until = self._limbo_until(connection, now)
+            carried = self._table.carried(connection.generation)
+            effects: list[Effect] = []
+            current = self._connection is connection
+            lost = connection.transport is not None and self._state is not LinkState.CLOSING
+            lost = lost and (current or carried > 0)
+            self._retire(connection)
+            self._counts["losses"] += lost
+            if connection.transport is not None:
+                effects += self._table.lost(connection.generation, loss, now, limbo_until)
+                if current:
+                    self._reconnect.lost(now, connection.up_since)
+            else:
+                connection.error = exc
+                if is_final(exc):
+                    self._reconnect.refused(exc, now)
+            if self._state is not LinkState.CLOSING:
+                successor = self._succeed(connection, exc, loss, now, effects, current=current)
+            else:
+                successor = None
+                if not self._live:
+                    self._set_state(LinkState.CLOSED)
+            self._follow_up(effects)
+        if lost:
+            note(host_log, logging.INFO, "connection lost: %s", loss.reason, extra=self._extra("lose"))
+        connection.waker.wake()
+        if successor is not None:  # before any callback: the deadlines of those who wait go on
+            with contextlib.suppress(RuntimeError):  # no thread to be had: every run was told
+                self._begin(successor)
+        self._apply(effects)
+
+    def _limbo_until(self, connection: Connection, now: float) -> float | None:
+        """Return until when the worker may give back its runs, None for not at all. Hold ``_state_lock``."""
+        window = self.options.resume_window
+        gone = connection.draining or self._state in OVER or not connection.offers("resume")
+        return None if gone or not window else now + window
+
+    def _succeed(
+        self,
+        connection: Connection,
+        exc: BaseException,
+        loss: Loss,
+        now: float,
+        effects: list[Effect],
+        *,
+        current: bool,
+    ) -> Connection | None:
+        """Plan the next dial if runs wait for one, and end those for which it comes too late.
+
+        Hold ``_state_lock``.
+        """
+        if self._connection is not None:  # only a worker that drained is gone
+            return None
+        never_up = connection.transport is None
+        refused = never_up and is_final(exc)
+        if current:
+            dialled = LinkState.FATAL if refused else LinkState.IDLE
+            self._set_state(dialled if never_up else LinkState.LOST)
+        successor = None
+        if self._table.homeless():
+            dial_at = self._reconnect.next_dial(exc, now) if current else now
+            effects += self._give_up(exc, loss, dial_at, refused=refused)
+            if self._table.homeless():
+                try:
+                    successor = self._new_connection(dial_at)
+                    successor.told_to_wait = getattr(exc, "retry_after", None) is not None
+                    self._set_state(LinkState.BACKOFF)
+                except OSError as no_descriptor:
+                    effects += self._fail_homeless(no_descriptor)
+        if successor is None and not refused:
+            self._set_state(self._rest())
+        return successor
+
+    def _give_up(self, exc: BaseException, loss: Loss, dial_at: float, *, refused: bool) -> list[Effect]:
+        """End the runs for which the next dial would come too late. Hold ``_state_lock``.
+
+        A run with a ``delivery_timeout`` waits for a later dial until then; one without waits for
+        ``resume_window``, and only if there was a connection before; what is in limbo keeps its own
+        time. Nothing waits for a final answer.
+        """
+        patient = self._reconnect.worth_waiting(dial_at)
+        effects: list[Effect] = []
+        for run in self._table.homeless():
+            if refused or not (patient or run.in_limbo or run.deadline.at is not None):
+                if run.in_limbo:
+                    error: BaseException = connection_lost(run, run.loss)
+                else:
+                    lost = isinstance(exc, TransportClosed)
+                    error = connection_lost(run, loss) if lost else same_error(exc)
+                effects += self._table.fail(run, error)
+        return effects
+
+    def _fail_homeless(self, exc: BaseException) -> list[Effect]:
+        """End whoever waits for a connection. Hold ``_state_lock``."""
+        runs = self._table.homeless()
+        return [effect for run in runs for effect in self._table.fail(run, same_error(exc))]
+
+    # -- the watchdog thread -----------------------------------------------------
+
+    def _watch(self, connection: Connection) -> None:
+        running.link = self
+        try:
+            self._keep_deadlines(connection)
+        except BaseException as exc:  # nobody would keep them any more
+            note(host_log, logging.ERROR, "the watchdog failed", exc_info=True, extra=self._extra("lose"))
+            self._end(connection, exc)
+        if connection.reader is not None:
+            connection.reader.join()
+        connection.dispose()
+
+    def _keep_deadlines(self, connection: Connection) -> None:
+        looks = 0
+        while connection.generation in self._live:
+            self._bury_dropped_sessions()
+            self._cancel_unwanted()
+            now = self._clock.monotonic()
+            moment = self._next_moment(connection)
+            if moment is None or moment > now:
+                connection.wait(self._clock.wait_time(moment))
+            elif looks < _LOOKS and self._behind():
+                looks += 1
+                connection.waker.wait(_LOOK_AGAIN)
+            else:
+                self._judge(connection, now, behind=looks >= _LOOKS)
+                looks = 0
+
+    def _behind(self) -> bool:
+        return any(connection.behind() for connection in list(self._live.values()))
+
+    def _next_moment(self, connection: Connection) -> float | None:
+        with self._state_lock:
+            moment = Deadline(connection.next_check(self.options)).earliest(Deadline(connection.dial_at))
+            connection.watching_until = moment.earliest(Deadline(self._next_decision())).at
+            return connection.watching_until
+
+    def _judge(self, connection: Connection, now: float, *, behind: bool) -> None:
+        """Decide what is due. *behind*: unread bytes are left, and count as life for every run."""
+        transports = [each.transport for each in list(self._live.values())]
+        floor = now if behind else max((each.partial_at for each in transports if each), default=0.0)
+        with self._state_lock:
+            effects = self._table.tick(now, floor)
+            self._follow_up(effects)
+        self._apply(effects)
+        connection.check(self.options, now, behind=behind)
+        self._dial_if_due(connection, now)
+        self._close_if_idle(connection, now)
+
+    def _close_if_idle(self, connection: Connection, now: float) -> None:
+        with self._state_lock:
+            if self._connection is not connection or not Deadline(self._idle_until()).expired(now):
+                return
+            self._set_state(LinkState.CLOSING)
+        connection.say_goodbye()
+        assert connection.reader is not None
+        connection.reader.join(self.options.close_timeout)
+        connection.cut("idle")
+
+    def _cancel_unwanted(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                self._cancel(self._unwanted.get_nowait())
+
+    def _bury_dropped_sessions(self) -> None:
+        """Close at once behind executors that were collected: their runs go on, their links do not linger."""
+        with contextlib.suppress(Empty):
+            while True:
+                session = self._dropped.get_nowait()
+                with self._state_lock:
+                    self._forget(session, float("-inf"))

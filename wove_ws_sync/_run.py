@@ -1,0 +1,226 @@
+"""One run: its state, and the events that this side makes about it.
+
+Owns: :class:`Run`, the effects of a decision, and what an ending made here looks like. Never:
+decides anything; :mod:`wove_ws_sync.runs` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
+
+from .errors import ConnectionLost, DeliveryTimeout
+from .options import DeliveryOptions
+from .timing import Deadline
+
+__all__ = [
+    "CancelAtWorker",
+    "Deliver",
+    "DetachAtWorker",
+    "Effect",
+    "Loss",
+    "Receipt",
+    "Run",
+    "RunState",
+    "cancelled",
+    "connection_lost",
+    "failed",
+    "orphaned",
+    "worker_stopping",
+]
+
+
+class RunState(enum.Enum):
+    """Where a run is; the last five are final. LIMBO: it was sent, and the connection is lost."""
+
+    QUEUED = "queued"
+    SENT = "sent"
+    RUNNING = "running"
+    LIMBO = "limbo"
+    CANCELLING = "cancelling"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+    ORPHANED = "orphaned"
+    DETACHED = "detached"
+
+
+_FINAL = frozenset(list(RunState)[-5:])
+
+
+class Receipt(Protocol):
+    """What the transport knows of one queued message."""
+
+    @property
+    def started(self) -> bool:
+        """Tell whether a byte of it may have left."""
+
+    @property
+    def sent_at(self) -> float | None:
+        """Return when the last byte left, None before."""
+
+    @property
+    def maybe_sent(self) -> bool:
+        """Tell whether the last byte may have left, noted or not."""
+
+
+class Loss(NamedTuple):
+    """How a connection ended: the peer's close code, if it sent one, and why."""
+
+    close_code: int | None = None
+    reason: str = ""
+
+
+_UNKNOWN_LOSS = Loss()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Run:
+    """One task execution on its way; mutable, guarded by the link's state lock.
+
+    ``sink`` takes the run's event frames, outside every lock, in whichever thread brings
+    them: the reader for what arrives, the watchdog for deadlines, a caller for cancels.
+    ``generation`` is that of the connection that carries the run, None for none. ``needs``
+    names the extension without which its message means nothing to a worker.
+    """
+
+    run_id: str
+    task_id: str
+    message: bytes
+    delivery: DeliveryOptions
+    session: Hashable
+    environment: str
+    sink: Callable[[dict[str, Any]], None]
+    needs: str | None = None
+    deadline: Deadline = Deadline()
+    attempt: int = 1
+    cuts: int = 0
+    state: RunState = RunState.QUEUED
+    generation: int | None = None
+    receipt: Receipt | None = None
+    life: float = 0.0
+    alarm: float | None = None
+    ack_by: float | None = None
+    limbo_until: float | None = None
+    loss: Loss = _UNKNOWN_LOSS
+    timeout: DeliveryTimeout | None = None
+    holds_slot: bool = False
+    answered: bool = False
+
+    @property
+    def terminal(self) -> bool:
+        """Tell whether the one terminal event has been decided."""
+        return self.state in _FINAL
+
+    @property
+    def in_limbo(self) -> bool:
+        """Tell whether it was sent over a connection that is lost, and nothing was decided since."""
+        return self.receipt is not None and self.generation is None
+
+    @property
+    def maybe_executed(self) -> bool:
+        """Tell whether the whole run had left this process, so that a worker may have seen it."""
+        return self.answered or (self.receipt is not None and self.receipt.maybe_sent)
+
+
+class Deliver(NamedTuple):
+    """Give *event* to the run's sink."""
+
+    run: Run
+    event: dict[str, Any]
+
+
+class CancelAtWorker(NamedTuple):
+    """Take the run back from the transport's queue or, once it left, send ``cancel_task``.
+
+    *generation* is that of the connection which carried it when this was decided.
+    """
+
+    run: Run
+    generation: int | None
+
+
+class DetachAtWorker(NamedTuple):
+    """Let go of the run at the worker, which keeps its result; as :class:`CancelAtWorker` otherwise."""
+
+    run: Run
+    generation: int | None
+
+
+Effect = Deliver | CancelAtWorker | DetachAtWorker
+
+
+def failed(run: Run, error: BaseException) -> dict[str, Any]:
+    """Return the ``task_error`` event of an error made on this side."""
+    return {
+        "type": "task_error",
+        "run_id": run.run_id,
+        "task_id": run.task_id,
+        "exception": error,
+        "error": {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "traceback": "",
+            "retryable": isinstance(error, ConnectionError),
+            "source": "transport",
+        },
+    }
+
+
+def cancelled(run: Run, *, acknowledged: bool) -> dict[str, Any]:
+    """Return the ``task_cancelled`` event of a cancellation that was decided on this side."""
+    return {
+        "type": "task_cancelled",
+        "run_id": run.run_id,
+        "task_id": run.task_id,
+        "acknowledged": acknowledged,
+    }
+
+
+def connection_lost(run: Run, loss: Loss) -> ConnectionLost:
+    """Return the error of a run whose connection broke."""
+    policy = run.delivery.delivery_orphan_policy
+    if policy == "cancel":
+        code, reason = loss
+        said = f" (close code {code}{': ' + reason if reason else ''})" if code else ""
+        seen = "may have run" if run.maybe_executed else "had not been sent"
+        text = (
+            f"The connection to the worker service was lost{said}; run '{run.run_id}' {seen}. "
+            "Submit it again if that is safe."
+        )
+    else:
+        text = (
+            f"Task '{run.task_id}' orphaned after receiver failure in environment "
+            f"'{run.environment}' (policy='{policy}')."
+        )
+    return _lost(run, text, loss)
+
+
+def orphaned(run: Run) -> ConnectionLost:
+    """Return the error of a run whose session stopped."""
+    text = (
+        f"Task '{run.task_id}' became orphaned in environment '{run.environment}' "
+        f"with policy '{run.delivery.delivery_orphan_policy}'."
+    )
+    return _lost(run, text, _UNKNOWN_LOSS)
+
+
+def _lost(run: Run, text: str, loss: Loss) -> ConnectionLost:
+    return ConnectionLost(
+        text,
+        run_id=run.run_id,
+        close_code=loss.close_code,
+        reason=loss.reason,
+        attempt=run.attempt,
+        maybe_executed=run.maybe_executed,
+    )
+
+
+def worker_stopping(event: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the error of a worker that stops and hands the run back; None for any other event."""
+    error = event.get("error")
+    if event["type"] != "task_error" or not isinstance(error, dict) or error.get("kind") != "WorkerStopping":
+        return None
+    return error if error.get("retryable") is True and error.get("source") == "executor" else None
