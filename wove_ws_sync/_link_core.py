@@ -184,11 +184,11 @@ class LinkCore:
         return effects
 
     def _follow_up(self, effects: list[Effect]) -> None:
-        """Let those go who waited for what *effects* freed: slots and buffer. Hold ``_state_lock``."""
-        if effects:
+        """Let those go who may now: after *effects* freed slots and buffer, say. Hold ``_state_lock``."""
+        if self._table.has_ready:
             effects += self._post_ready(self._clock.monotonic())
-            if self._crowding:
-                self._changed.notify_all()
+        if self._crowding:
+            self._changed.notify_all()
 
     def _apply(self, effects: list[Effect]) -> None:
         """Act on what was decided; hold no lock."""
@@ -204,8 +204,7 @@ class LinkCore:
         finally:  # an exception that strikes a caller's thread must not cost other runs their end
             for effect in rest:
                 self._act(effect)
-        if effects:
-            self.flush()  # cancels, and runs that got a slot
+        self.flush()  # cancels, and runs that may go now
 
     def _act(self, effect: Effect) -> None:
         run = effect.run

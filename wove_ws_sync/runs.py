@@ -127,6 +127,11 @@ class RunTable:
             self._fill_slots(slots, limit)
         self._set_alarm(run, now)
 
+    @property
+    def has_ready(self) -> bool:
+        """Tell whether :meth:`take_ready` may have something to give."""
+        return bool(self._ready) or (self._suspect is None and bool(self._suspects))
+
     def take_ready(self) -> list[Run]:
         """Return the runs that may be sent now, each once, in order."""
         taken = [run for run in self._ready if not run.terminal]

@@ -372,3 +372,151 @@ def test_a_message_that_ends_connections_is_given_up() -> None:
     [ended] = delivered(lose(runs, 1009, "too big"))
     assert ended["exception"].close_code == 1009
     assert not ended["exception"].maybe_executed
+
+
+def in_limbo(runs: RunTable, run: Run, until: float = 10.0) -> Run:
+    """Send *run* and lose its connection, to a worker that may have it when it is back."""
+    on_its_way(runs, run)
+    assert runs.lost(1, Loss(1006, "gone"), 0.0, until) == []
+    assert run.state is RunState.LIMBO
+    return run
+
+
+@pytest.mark.parametrize("policy", ["cancel", "fail", "requeue", "detach"])
+def test_limbo_ends_by_policy_when_its_time_is_over(policy: str) -> None:
+    """Nobody came back: ConnectionLost with what the first loss said, or one more delivery."""
+    runs = table()
+    run = in_limbo(runs, make_run(delivery_orphan_policy=policy))
+    assert runs.tick(9.9) == []
+    ended = delivered(runs.tick(10.0))
+    if policy == "requeue":
+        assert (run.state, run.attempt, ended) == (RunState.QUEUED, 2, [])
+    else:
+        error = ended[0]["exception"]
+        assert (error.close_code, error.reason, error.maybe_executed) == (1006, "gone", True)
+        assert run.state is (RunState.DETACHED if policy == "detach" else RunState.ORPHANED)
+
+
+@pytest.mark.parametrize("policy", ["cancel", "fail", "requeue", "detach"])
+def test_what_the_worker_still_has_goes_on(policy: str) -> None:
+    """Alive or finished: the run counts on the new connection, and its one result comes by that."""
+    runs = table()
+    run = in_limbo(runs, make_run(delivery_orphan_policy=policy, delivery_heartbeat_seconds=1.0))
+    assert runs.limbo() == ["r"]
+    assert runs.receive(event("task_result"), 1.0, 2) == []
+    assert runs.waits_elsewhere("r", 2)
+    assert runs.resumed({"alive": ["r"]}, 5.0, 2) == []
+    assert (run.state, run.generation, run.attempt) == (RunState.RUNNING, 2, 1)
+    assert runs.tick(5.9) == []
+    assert delivered(runs.receive(event("task_result"), 5.9, 2)) == [event("task_result")]
+    assert runs.counts["resumed_runs"] == 1
+
+
+@pytest.mark.parametrize("policy", ["cancel", "fail", "requeue", "detach"])
+def test_what_never_arrived_is_sent_again_and_what_is_lost_follows_its_policy(policy: str) -> None:
+    """ "unknown" proves that nothing ran, unless the worker had answered before; "lost" proves nothing."""
+    runs = table()
+    run = in_limbo(runs, make_run(delivery_orphan_policy=policy))
+    assert runs.resumed({"unknown": ["r"]}, 1.0, 2) == []
+    assert (run.state, run.attempt) == (RunState.QUEUED, 1)
+    assert post(runs, 1.0, generation=2) == ["r"]
+    runs.receive(event("heartbeat"), 1.5, 2)
+    runs.lost(2, Loss(), 2.0, 12.0)
+    ended = delivered(runs.resumed({"unknown": ["r"], "lost": ["r"]}, 3.0, 3))
+    assert bool(ended) is (policy != "requeue")
+    assert run.attempt == (2 if policy == "requeue" else 1)
+
+
+def test_a_deadline_counts_in_limbo_and_silence_does_not() -> None:
+    """Nobody can beat over a lost connection; the deadline is final all the same."""
+    runs = table()
+    in_limbo(runs, make_run(delivery_timeout=5.0, delivery_heartbeat_seconds=1.0))
+    assert runs.tick(4.9) == []
+    [ended] = delivered(runs.tick(5.0))
+    assert isinstance(ended["exception"], DeliveryTimeout)
+
+
+def test_a_cancel_that_waits_for_its_answer_is_asked_again() -> None:
+    """require_ack over a lost connection: resumed, asked again, and acknowledged."""
+    runs = table()
+    run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack"))
+    runs.cancel(run, 1.0)
+    assert runs.lost(1, Loss(), 2.0, 12.0) == []
+    assert run.state is RunState.CANCELLING
+    assert cancels(runs.resumed({"alive": ["r"]}, 3.0, 2)) == ["r"]
+    [ended] = delivered(runs.receive(event("task_cancelled"), 4.0, 2))
+    assert ended["acknowledged"] is True
+
+
+def test_another_worker_has_nothing_of_the_one_before() -> None:
+    """forsake(): what was in limbo is lost, what waits in line is not touched."""
+    runs = table()
+    lost = in_limbo(runs, make_run("lost"))
+    runs.register(make_run("waiting"), 0.0)
+    assert [item["run_id"] for item in delivered(runs.forsake())] == ["lost"]
+    assert lost.state is RunState.ORPHANED
+    assert post(runs) == ["waiting"]
+
+
+@pytest.mark.parametrize("policy", ["cancel", "fail", "requeue", "detach"])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_worker_that_stops_hands_runs_back(policy: str, started: bool) -> None:
+    """What it had not started is sent again under every policy, what it had only under requeue."""
+    runs = table()
+    run = on_its_way(runs, make_run(delivery_orphan_policy=policy))
+    error = {"kind": "WorkerStopping", "retryable": True, "source": "executor", "started": started}
+    ended = delivered(runs.receive(event("task_error", error=error), 1.0, 1))
+    again = policy == "requeue" or not started
+    assert bool(ended) is not again
+    assert (run.state is RunState.QUEUED) is again
+    assert run.attempt == (2 if again and started else 1)
+
+
+def test_a_worker_that_takes_nothing_is_not_asked_for_ever() -> None:
+    """After three runs handed back the fourth is the run's end."""
+    runs = table()
+    runs.register(make_run(), 0.0)
+    error = {"kind": "WorkerStopping", "retryable": True, "source": "executor", "started": False}
+    for _ in range(3):
+        post(runs)
+        assert runs.receive(event("task_error", error=error), 1.0, 1) == []
+    post(runs)
+    assert delivered(runs.receive(event("task_error", error=error), 1.0, 1))
+
+
+def test_f17_before_its_last_delivery_a_run_goes_alone() -> None:
+    """Three workers died; one of these runs kills them. It is found, and the others are spared."""
+    runs = table()
+    names = [f"r{number}" for number in range(10)]
+    for name in names:
+        runs.register(make_run(name, delivery_orphan_policy="requeue"), 0.0)
+    for generation in (1, 2, 3):
+        assert post(runs, generation=generation) == names
+        assert lose(runs, generation=generation) == []
+    generation = 4
+    ended: list[dict[str, Any]] = []
+    while len(runs):
+        [name] = post(runs, generation=generation)
+        if name == "r4":
+            ended += delivered(lose(runs, generation=generation))
+            generation += 1
+        else:
+            ended += delivered(runs.receive(event("task_result", name), 1.0, generation))
+    assert [item["run_id"] for item in ended if item["type"] == "task_error"] == ["r4"]
+    assert sorted(item["run_id"] for item in ended) == names
+
+
+def test_what_is_buffered_is_what_may_be_sent_again() -> None:
+    """A run that has started is kept only for the policy that may start it anew."""
+    runs = table()
+    for policy in ("cancel", "requeue"):
+        on_its_way(runs, make_run(policy, delivery_orphan_policy=policy))
+    assert runs.buffered == 4
+    for policy in ("cancel", "requeue"):
+        runs.receive(event("heartbeat", policy), 1.0, 1)
+        assert runs.buffered == 4
+    for policy in ("cancel", "requeue"):
+        runs.receive(event("task_started", policy), 1.0, 1)
+    assert runs.buffered == 2
+    runs.receive(event("task_result", "requeue"), 2.0, 1)
+    assert runs.buffered == 0
