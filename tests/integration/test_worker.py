@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import collections
 import contextlib
 import itertools
 import json
@@ -17,14 +16,25 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cloudpickle
 import pytest
 import wove
+from raw_host import (
+    FOREIGN_LIMIT,
+    PATIENCE,
+    TERMINAL,
+    RawHost,
+    block_until,
+    occupy,
+    pickled,
+    signed,
+    unpickled,
+    wait_until,
+)
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -34,131 +44,6 @@ from wove_ws_sync.worker.auth import Authenticator
 
 # The worker cannot import this module: what tasks use of it travels by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-TERMINAL = {"task_result", "task_error", "task_cancelled"}
-FOREIGN_LIMIT = 1024 * 1024 - 1
-PATIENCE = 30.0
-
-
-def pickled(value: Any) -> str:
-    return base64.b64encode(cloudpickle.dumps(value)).decode()
-
-
-def unpickled(text: str) -> Any:
-    return cloudpickle.loads(base64.b64decode(text, validate=True))
-
-
-def signed(worker: Any, target: str = "/wove") -> dict[str, str]:
-    security = wove.NetworkExecutorSecurity.from_config(worker.security)
-    return security.headers_for(transport="websocket", target=target, body=b"")
-
-
-class RawHost:
-    """A host that speaks the wire protocol by hand. *limit* makes it one of ours."""
-
-    def __init__(
-        self, worker: Any, *, limit: int | None = None, headers: dict[str, str] | None = None, **options: Any
-    ) -> None:
-        own = {} if limit is None else {"X-Wove-Sync": "1", "X-Wove-Max-Message": str(limit)}
-        all_headers = {**(signed(worker) if headers is None else headers), **own}
-        options = {"compression": None, "max_size": None, "proxy": None, **options}
-        self._stack = contextlib.ExitStack()
-        self.socket = self._stack.enter_context(
-            connect(worker.url, additional_headers=all_headers, **options)
-        )
-        self.messages: list[bytes] = []
-        self._events: collections.deque[dict[str, Any]] = collections.deque()
-
-    def __enter__(self) -> RawHost:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    def send(self, **frame: Any) -> None:
-        self.socket.send(json.dumps(frame))
-
-    def run(self, function: Any, run_id: str = "r", *, delivery: Any = None, **args: Any) -> None:
-        self.send(
-            type="run_task",
-            run_id=run_id,
-            task_id="task",
-            callable_pickle=pickled(function),
-            args_pickle=pickled(args),
-            delivery=delivery or {},
-        )
-
-    def cancel(self, run_id: str = "r", **fields: Any) -> None:
-        self.send(type="cancel_task", run_id=run_id, task_id="task", **fields)
-
-    def event(self, timeout: float = PATIENCE) -> dict[str, Any]:
-        """Return the next event; TimeoutError if none comes."""
-        while not self._events:
-            message = self.socket.recv(timeout, decode=False)
-            self.messages.append(message)
-            decoded = json.loads(message)
-            self._events.extend(decoded if isinstance(decoded, list) else [decoded])
-        return self._events.popleft()
-
-    def wait(self, run_id: str = "r", kind: str | None = None) -> list[dict[str, Any]]:
-        """Return the events of *run_id* up to its terminal one (or to one of *kind*)."""
-        found = []
-        while True:
-            event = self.event()
-            if event["run_id"] == run_id:
-                found.append(event)
-                if event["type"] == kind or event["type"] in TERMINAL:
-                    return found
-
-    def result(self, run_id: str = "r") -> Any:
-        last = self.wait(run_id)[-1]
-        assert last["type"] == "task_result", explained(last)
-        return unpickled(last["result_pickle"])
-
-    def error(self, run_id: str = "r") -> dict[str, Any]:
-        last = self.wait(run_id)[-1]
-        assert last["type"] == "task_error", last
-        error = unpickled(last["error_pickle"])
-        assert set(error) == {"kind", "message", "traceback", "retryable", "source", "adapter"}
-        assert error["adapter"] == "websocket"
-        return {**error, "event": last}
-
-
-def explained(event: dict[str, Any]) -> Any:
-    return unpickled(event["error_pickle"]) if "error_pickle" in event else event
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        pause.wait(0.01)
-
-
-def block_until(path: str) -> None:
-    """Hold the thread until *path* exists. Runs in the worker."""
-    import pathlib
-    import time
-
-    while not pathlib.Path(path).exists():
-        time.sleep(0.01)
-
-
-def occupy(path: str) -> Callable[[], None]:
-    """Return a task that writes *path*.running and returns once *path* exists."""
-
-    def task() -> None:
-        import pathlib
-        import time
-
-        pathlib.Path(path + ".running").touch()
-        while not pathlib.Path(path).exists():
-            time.sleep(0.01)
-
-    return task
 
 
 @pytest.fixture(scope="module")
