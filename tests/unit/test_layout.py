@@ -23,7 +23,22 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (
         frozenset({"transport", "_framing", "_handshake", "_outbox", "_route", "_wire"}),
         frozenset({"runs", "_run", "_reconnect"}),
-        frozenset({"worker.auth", "worker.commands", "worker.jobs", "worker.logs", "worker.runs"}),
+        frozenset(
+            {
+                "worker.alarm",
+                "worker.auth",
+                "worker.commands",
+                "worker.events",
+                "worker.greeting",
+                "worker.hosts",
+                "worker.jobs",
+                "worker.kept",
+                "worker.logs",
+                "worker.outbox",
+                "worker.runs",
+                "worker.shelf",
+            }
+        ),
     ),
     (
         frozenset({"link", "_link_core", "_link_threads", "_tell", "connection"}),
@@ -33,7 +48,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"session"}),),
     (
         frozenset({"sync", "futures", "aio", "plugin", ""}),
-        frozenset({"worker", "worker.connection", "worker.service"}),
+        frozenset({"worker", "worker.connection", "worker.dispatcher", "worker.service"}),
     ),
     (frozenset({"testing"}),),
     (frozenset({"cli", "cli.", "__main__"}),),

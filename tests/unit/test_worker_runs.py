@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wove_ws_sync.frames import InvalidMessage
-from wove_ws_sync.worker.commands import CancelTask, Ignored, MalformedRun, RunTask, Shutdown, read
+from wove_ws_sync.worker.commands import (
+    AttachTask,
+    CancelTask,
+    DetachTask,
+    EventAck,
+    Ignored,
+    MalformedRun,
+    Resume,
+    RunTask,
+    Shutdown,
+    read,
+)
 from wove_ws_sync.worker.runs import BeatSchedule, Run, RunState, RunTable, Stopped
 
 MODES = ("best_effort", "require_ack")
@@ -223,12 +234,27 @@ def test_what_is_not_json_is_invalid(text: bytes) -> None:
 @settings(max_examples=200)
 def test_reading_never_raises_for_json(value: Any) -> None:
     """Any JSON value in any field gives a command or a reason."""
-    commands = (RunTask, MalformedRun, CancelTask, Shutdown, Ignored)
+    commands = (
+        RunTask,
+        MalformedRun,
+        CancelTask,
+        Shutdown,
+        Ignored,
+        Resume,
+        EventAck,
+        DetachTask,
+        AttachTask,
+    )
     assert isinstance(read(json.dumps(value).encode()), commands)
     for field in ("type", "run_id", "task_id", "callable_pickle", "args_pickle", "delivery"):
         assert isinstance(read(message(**{field: value})), commands)
-    odd = {"delivery_heartbeat_seconds": value, "delivery_cancel_mode": value}
-    assert isinstance(read(message(delivery=odd)), commands)
+    odd = {
+        "delivery_heartbeat_seconds": value,
+        "delivery_cancel_mode": value,
+        "delivery_orphan_policy": value,
+    }
+    for kind in ("run_task", "attach_task", "detach_task", "resume", "event_ack"):
+        assert isinstance(read(message(type=kind, delivery=odd, run_ids=value, more=value)), commands)
 
 
 def test_cancel_and_shutdown_are_read() -> None:
@@ -238,3 +264,35 @@ def test_cancel_and_shutdown_are_read() -> None:
     )
     assert read(message(type="cancel_task", delivery_cancel_mode="odd")) == CancelTask("r", None)
     assert read(message(type="shutdown", run_id=...)) == Shutdown()
+
+
+@pytest.mark.parametrize("policy", ["fail", "cancel", "requeue", "detach"])
+def test_the_orphan_policy_of_a_run_is_read(policy: str) -> None:
+    """It says what an absence of the host does; "cancel" unless the frame has one that we know."""
+    for sent, expected in ((policy, policy), ("new", "cancel"), ([], "cancel"), (None, "cancel")):
+        parsed = read(message(delivery={"delivery_orphan_policy": sent}))
+        assert isinstance(parsed, RunTask) and parsed.orphan_policy == expected
+
+
+def test_commands_of_the_extensions_are_read() -> None:
+    """resume, event_ack, detach_task and attach_task with the delivery of run_task."""
+    assert read(message(type="resume", run_id=..., run_ids=["a", "b"])) == Resume(("a", "b"), False)
+    assert read(message(type="resume", run_ids=[], more=True)) == Resume((), True)
+    assert read(message(type="event_ack", run_ids=["a"], more=False)) == EventAck(("a",))
+    assert read(message(type="detach_task")) == DetachTask("r")
+    delivery = {"delivery_heartbeat_seconds": 6, "delivery_orphan_policy": "detach"}
+    attach = read(message(type="attach_task", callable_pickle=..., delivery=delivery))
+    assert attach == AttachTask("r", "t", 2.0, "best_effort", "detach")
+    odd = read(message(type="attach_task", delivery={"delivery_heartbeat_seconds": -1}))
+    assert isinstance(odd, MalformedRun) and odd.run_id == "r"
+
+
+@pytest.mark.parametrize("kind", ["resume", "event_ack"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"run_ids": odd} for odd in (..., None, "r", {}, [1], [""], [["r"]], ["r", None], ["x" * 5000])]
+    + [{"run_ids": ["r"], "more": odd} for odd in (None, 1, "true", [])],
+)
+def test_an_odd_list_of_runs_is_ignored(kind: str, fields: dict[str, Any]) -> None:
+    """As a whole: half of a list would end the runs of the other half."""
+    assert read(message(type=kind, **fields)) == Ignored("run_ids")

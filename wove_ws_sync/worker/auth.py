@@ -83,6 +83,10 @@ class Authenticator:
         if self.mode == "signed" and self._remember:
             self._use_nonce(headers["X-Wove-Nonce"], float(timestamp))
 
+    def key_id(self, get_all: Callable[[str], Sequence[str]]) -> str:
+        """Return the key id of a handshake that was accepted; "" where secrets have no names."""
+        return get_all("X-Wove-Key")[0] if self.mode == "signed" else ""
+
     @staticmethod
     def _only(values: Sequence[str], name: str) -> str:
         if len(values) != 1:

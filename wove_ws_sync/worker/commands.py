@@ -1,7 +1,7 @@
 """Command frames, read from messages of a host that nobody trusts.
 
-Owns: what a valid ``run_task``, ``cancel_task`` and ``shutdown`` is. Never: unpickles,
-never touches a socket.
+Owns: what a valid command is, those of the extensions included. Never: unpickles, never
+touches a socket, never knows which extensions are used.
 """
 
 from __future__ import annotations
@@ -11,12 +11,25 @@ import json
 import math
 from typing import Any
 
-from ..frames import COMMANDS, InvalidMessage
+from ..frames import COMMANDS, EXTENDED_COMMANDS, InvalidMessage
 
-__all__ = ["CancelTask", "Command", "Ignored", "MalformedRun", "RunTask", "Shutdown", "read"]
+__all__ = [
+    "AttachTask",
+    "CancelTask",
+    "Command",
+    "DetachTask",
+    "EventAck",
+    "Ignored",
+    "MalformedRun",
+    "Resume",
+    "RunTask",
+    "Shutdown",
+    "read",
+]
 
 _MAX_ID = 4096
 _CANCEL_MODES = ("best_effort", "require_ack")
+_ORPHAN_POLICIES = ("fail", "cancel", "requeue", "detach")
 #: A host that asks for more beats than 100 a second gets 100 a second.
 _MIN_BEAT_INTERVAL = 0.01
 
@@ -31,11 +44,45 @@ class RunTask:
     args_pickle: str | None
     beat_interval: float | None
     cancel_mode: str
+    orphan_policy: str = "cancel"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttachTask:
+    """Take a run that was let go; the other fields are those of its new delivery."""
+
+    run_id: str
+    task_id: str
+    beat_interval: float | None
+    cancel_mode: str
+    orphan_policy: str = "cancel"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DetachTask:
+    """Let go of a run."""
+
+    run_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resume:
+    """Say what became of these runs; another ``resume`` continues the list if ``more`` is true."""
+
+    run_ids: tuple[str, ...]
+    more: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EventAck:
+    """The terminal events of these runs have arrived."""
+
+    run_ids: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MalformedRun:
-    """A ``run_task`` that names its run and is wrong otherwise: that run gets the error."""
+    """A command that names its run and is wrong otherwise: that run gets the error."""
 
     run_id: str
     task_id: str
@@ -52,17 +99,21 @@ class CancelTask:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Cancel every run of this connection."""
+    """Cancel every run of this host."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ignored:
-    """Valid JSON that is no command; ``reason`` is "shape", "type" or "run_id"."""
+    """Valid JSON that is no command; ``reason`` is "shape", "type", "run_id" or "run_ids"."""
 
     reason: str
 
 
-Command = RunTask | MalformedRun | CancelTask | Shutdown | Ignored
+Command = (
+    RunTask | MalformedRun | CancelTask | Shutdown | Ignored | Resume | EventAck | DetachTask | AttachTask
+)
+
+_KINDS = COMMANDS | EXTENDED_COMMANDS
 
 
 def read(message: bytes | str) -> Command:
@@ -74,17 +125,29 @@ def read(message: bytes | str) -> Command:
     if not isinstance(frame, dict):
         return Ignored("shape")
     kind = frame.get("type")
-    if not isinstance(kind, str) or kind not in COMMANDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         return Ignored("type")
     if kind == "shutdown":
         return Shutdown()
+    if kind in ("event_ack", "resume"):
+        return _about_runs(frame, kind)
     run_id = frame.get("run_id")
     if not isinstance(run_id, str) or not 0 < len(run_id) <= _MAX_ID:
         return Ignored("run_id")
     if kind == "cancel_task":
         mode = frame.get("delivery_cancel_mode")
         return CancelTask(run_id, mode if mode in _CANCEL_MODES else None)
-    return _run_task(frame, run_id)
+    if kind == "detach_task":
+        return DetachTask(run_id)
+    task_id = frame.get("task_id")
+    if not isinstance(task_id, str) or len(task_id) > _MAX_ID:
+        return MalformedRun(run_id, "", f"{kind} needs a task_id, a string of at most 4096 characters.")
+    delivery = _delivery(frame, kind)
+    if isinstance(delivery, str):
+        return MalformedRun(run_id, task_id, delivery)
+    if kind == "attach_task":
+        return AttachTask(run_id, task_id, *delivery)
+    return _run_task(frame, run_id, task_id, delivery)
 
 
 def _parse(message: bytes | str) -> Any:
@@ -98,34 +161,45 @@ def _parse(message: bytes | str) -> Any:
         raise InvalidMessage(f"message is beyond the JSON parser's limits ({type(exc).__name__})") from None
 
 
-def _run_task(frame: dict[str, Any], run_id: str) -> RunTask | MalformedRun:
-    task_id, function, args = frame.get("task_id"), frame.get("callable_pickle"), frame.get("args_pickle")
-    if not isinstance(task_id, str) or len(task_id) > _MAX_ID:
-        return MalformedRun(run_id, "", "run_task needs a task_id, a string of at most 4096 characters.")
+def _about_runs(frame: dict[str, Any], kind: str) -> Resume | EventAck | Ignored:
+    run_ids, more = frame.get("run_ids"), frame.get("more", False)
+    if not isinstance(run_ids, list) or not isinstance(more, bool):
+        return Ignored("run_ids")
+    if not all(isinstance(run_id, str) and 0 < len(run_id) <= _MAX_ID for run_id in run_ids):
+        return Ignored("run_ids")
+    return EventAck(tuple(run_ids)) if kind == "event_ack" else Resume(tuple(run_ids), more)
+
+
+def _run_task(
+    frame: dict[str, Any], run_id: str, task_id: str, delivery: tuple[float | None, str, str]
+) -> RunTask | MalformedRun:
+    function, args = frame.get("callable_pickle"), frame.get("args_pickle")
     if not isinstance(function, str) or not function:
         return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.")
     if args is not None and not isinstance(args, str):
         return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.")
+    return RunTask(run_id, task_id, function, args or None, *delivery)
+
+
+def _delivery(frame: dict[str, Any], kind: str) -> tuple[float | None, str, str] | str:
+    """Return beat interval, cancel mode and orphan policy, or what is wrong with them."""
     delivery = frame.get("delivery")
     if delivery is None:
         delivery = {}
     if not isinstance(delivery, dict):
-        return MalformedRun(run_id, task_id, "delivery of run_task must be an object.")
+        return f"delivery of {kind} must be an object."
     heartbeat = delivery.get("delivery_heartbeat_seconds")
     if heartbeat is not None and not _is_positive(heartbeat):
-        return MalformedRun(run_id, task_id, "delivery_heartbeat_seconds must be a number above 0.")
+        return "delivery_heartbeat_seconds must be a number above 0."
     mode = delivery.get("delivery_cancel_mode")
     if mode is not None and mode not in _CANCEL_MODES:
-        return MalformedRun(
-            run_id, task_id, "delivery_cancel_mode must be one of: 'best_effort', 'require_ack'"
-        )
-    return RunTask(
-        run_id,
-        task_id,
-        function,
-        args or None,
+        return "delivery_cancel_mode must be one of: 'best_effort', 'require_ack'"
+    policy = delivery.get("delivery_orphan_policy")
+    return (
         None if heartbeat is None else max(heartbeat / 3, _MIN_BEAT_INTERVAL),
         mode or "best_effort",
+        # A foreign host may have another policy than ours; it is never away, so none is needed.
+        policy if policy in _ORPHAN_POLICIES else "cancel",
     )
 
 

@@ -17,47 +17,15 @@ from typing import Any
 from .. import payloads
 from ..frames import encode
 from .commands import RunTask
+from .events import cancelled_event, error_event, plain_error
 from .logs import log_sink
 
-__all__ = ["Job", "Report", "cancelled_event", "error_event", "plain_error"]
+__all__ = ["Job", "Report"]
 
 #: Gets ("started" | "log" | "ended", the encoded event), from the thread of the task.
 Report = Callable[[str, bytes], None]
 #: Takes over an awaitable, to be driven on a loop in the given context.
 Adopt = Callable[["Job", Awaitable[Any], contextvars.Context], None]
-
-_MAX_ERROR_TEXT = 64 * 1024
-
-
-def error_event(
-    run_id: str,
-    task_id: str,
-    error: Mapping[str, Any],
-    exception: bytes | None = None,
-) -> bytes:
-    """Return a ``task_error`` message; *exception* is its base64 cloudpickle, if there is one."""
-    event: dict[str, Any] = {"type": "task_error", "run_id": run_id, "task_id": task_id}
-    if exception is not None:
-        event["exception_pickle"] = exception
-    event["error_pickle"] = payloads.encode_value(dict(error))
-    return encode(event)
-
-
-def cancelled_event(run_id: str, task_id: str) -> bytes:
-    """Return a ``task_cancelled`` message."""
-    return encode({"type": "task_cancelled", "run_id": run_id, "task_id": task_id})
-
-
-def plain_error(kind: str, message: str, source: str, *, text: str = "") -> dict[str, Any]:
-    """Return Wove's error dictionary, its texts bounded."""
-    return {
-        "kind": kind,
-        "message": _bounded(message),
-        "traceback": _bounded(text),
-        "retryable": False,
-        "source": source,
-        "adapter": "websocket",
-    }
 
 
 class Job:
@@ -264,10 +232,3 @@ def _text(exc: BaseException) -> str:
 
 def _describe(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {_text(exc)[:1024]}"
-
-
-def _bounded(text: str) -> str:
-    if len(text) <= _MAX_ERROR_TEXT:
-        return text
-    half = _MAX_ERROR_TEXT // 2
-    return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"

@@ -1,4 +1,4 @@
-"""The runs that one host has on this worker, as pure state, and when each owes a heartbeat.
+"""The live runs of one owner (a host, mostly), as pure state, and when each owes a heartbeat.
 
 Owns: which event still is due for a run (exactly one terminal event, no heartbeat after
 it) and what a cancel answers. Never: a thread, a socket, a clock; ``now`` is an argument.
@@ -46,16 +46,34 @@ class Stopped(enum.Enum):
 
 
 class Run:
-    """One accepted run. ``job`` is what executes it; ``owner`` is who gets its events."""
+    """One accepted run. ``job`` is what executes it; ``owner`` is the host that gets its events.
 
-    __slots__ = ("beat_interval", "beat_queued", "cancel_mode", "job", "owner", "run_id", "state", "task_id")
+    ``origin`` names the host that let go of it, if one did.
+    """
+
+    __slots__ = (
+        "beat_interval",
+        "beat_queued",
+        "beat_serial",
+        "cancel_mode",
+        "job",
+        "origin",
+        "orphan_policy",
+        "owner",
+        "run_id",
+        "state",
+        "task_id",
+    )
 
     def __init__(self, command: RunTask, owner: Any) -> None:
         self.run_id = command.run_id
         self.task_id = command.task_id
         self.beat_interval = command.beat_interval
         self.cancel_mode = command.cancel_mode
+        self.orphan_policy = command.orphan_policy
         self.owner = owner
+        self.origin: tuple[str, str] | None = None
+        self.beat_serial = -1  # of its one valid place in a BeatSchedule
         self.job: Any = None
         self.state = RunState.QUEUED
         self.beat_queued = False  # a heartbeat waits to be sent; another would say nothing new
@@ -65,7 +83,7 @@ class Run:
 
 
 class RunTable:
-    """The live runs of one connection, by run_id."""
+    """The live runs of one owner, by run_id."""
 
     def __init__(self) -> None:
         self._runs: dict[str, Run] = {}
@@ -86,6 +104,15 @@ class RunTable:
             return None
         run = self._runs[command.run_id] = Run(command, owner)
         return run
+
+    def adopt(self, run: Run, owner: Any) -> None:
+        """Take over a live run from another owner."""
+        run.owner = owner
+        self._runs[run.run_id] = run
+
+    def remove(self, run: Run) -> None:
+        """Give a live run away; it goes on."""
+        del self._runs[run.run_id]
 
     def started(self, run: Run) -> bool:
         """Note that the task began; return whether ``task_started`` is due."""
@@ -131,16 +158,17 @@ class BeatSchedule:
         return len(self._heap)
 
     def add(self, run: Run, now: float) -> None:
-        """Have *run* beat from *now* on, if its host asked for that."""
+        """Have *run* beat from *now* on, if its host asked for that; its place so far is given up."""
         if run.beat_interval is None:
             return
-        heapq.heappush(self._heap, (now + run.beat_interval, next(self._serial), run))
+        run.beat_serial = next(self._serial)
+        heapq.heappush(self._heap, (now + run.beat_interval, run.beat_serial, run))
         if len(self._heap) > 2 * self._live_at_sweep:
             self._sweep()
 
     def next_at(self) -> float | None:
         """Return the moment of the next beat, None if there is none."""
-        while self._heap and self._heap[0][2].state is RunState.ENDED:
+        while self._heap and not _is_valid(self._heap[0]):
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
@@ -148,7 +176,7 @@ class BeatSchedule:
         """Yield every live run whose beat is due and schedule its next one."""
         while self._heap and self._heap[0][0] <= now:
             moment, serial, run = self._heap[0]
-            if run.state is RunState.ENDED or run.beat_interval is None:
+            if not _is_valid(self._heap[0]) or run.beat_interval is None:  # the latter for the checker
                 heapq.heappop(self._heap)
                 continue
             # After a stall of this process one beat is enough; missed ones are not made up for.
@@ -158,6 +186,11 @@ class BeatSchedule:
 
     def _sweep(self) -> None:
         """Drop what has ended, or short runs with rare beats would pile up."""
-        self._heap = [entry for entry in self._heap if entry[2].state is not RunState.ENDED]
+        self._heap = [entry for entry in self._heap if _is_valid(entry)]
         heapq.heapify(self._heap)
         self._live_at_sweep = max(512, len(self._heap))
+
+
+def _is_valid(entry: tuple[float, int, Run]) -> bool:
+    _, serial, run = entry
+    return run.state is not RunState.ENDED and run.beat_serial == serial and run.beat_interval is not None

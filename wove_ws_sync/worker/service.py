@@ -1,6 +1,6 @@
 """The worker service: a WebSocket server that runs tasks for hosts.
 
-Owns: the listening socket, who gets in, the timer of all heartbeats, start and stop.
+Owns: the listening socket, who gets in, start and stop.
 Never: parses a frame before the handshake is authenticated, never executes user code on
 its event loop.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 import ssl
 from collections import Counter
@@ -23,9 +24,10 @@ from .. import payloads
 from ..security import is_local_host
 from . import logs
 from .auth import MIN_SECRET_BYTES, Authenticator, check_listening, is_foreign_page
-from .connection import HostConnection, Outbox
+from .connection import CLOSE_TIMEOUT, HostConnection
+from .dispatcher import Dispatcher
 from .engines import Engine, make_engine
-from .runs import BeatSchedule, Run
+from .greeting import SMALLEST_LIMIT, Greeting
 
 __all__ = ["WorkerService"]
 
@@ -35,12 +37,8 @@ _wire_logger = logging.getLogger("wove_ws_sync.worker.wire")
 _wire_logger.setLevel(logging.WARNING)
 
 _DEFAULT_MAX_MESSAGE = 256 * 1024 * 1024
-#: What a host on Wove's own executor accepts: the default limit of websockets, which it cannot change.
-_FOREIGN_LIMIT = 1024 * 1024 - 1
-_SMALLEST_LIMIT = 4096
 _PING_INTERVAL = 20.0
 _PING_TIMEOUT = 60.0
-_CLOSE_TIMEOUT = 1.0
 _READ_BYTES = 64 * 1024
 
 
@@ -76,8 +74,8 @@ class WorkerService:
             raise ValueError(f"path must be the path of a URL, such as /wove, not {path!r}.")
         if not 0 <= port <= 65535:
             raise ValueError(f"port must be from 0 to 65535, not {port}.")
-        if max_message_bytes < _SMALLEST_LIMIT:
-            least = f"at least {_SMALLEST_LIMIT}"
+        if max_message_bytes < SMALLEST_LIMIT:
+            least = f"at least {SMALLEST_LIMIT}"
             raise ValueError(f"max_message_bytes must be {least}, not {max_message_bytes}.")
         self._auth = Authenticator(security)
         authenticated = self._auth.mode != "none"
@@ -91,12 +89,14 @@ class WorkerService:
         self._insecure = insecure
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
-        self._beats: _BeatTimer | None = None
-        self._outbox: Outbox | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._ended = asyncio.Event()
+        self._is_draining = False
+        self._id = ""
         self.counters: Counter[str] = Counter()
 
     def __repr__(self) -> str:
-        state = "serving" if self._server is not None else "stopped"
+        state = "stopped" if self._server is None else "draining" if self._is_draining else "serving"
         return f"<WorkerService {self.url} {state} engine={self._engine.name} workers={self._engine.workers}>"
 
     @property
@@ -119,11 +119,10 @@ class WorkerService:
 
     async def start(self) -> None:
         """Listen. Raises OSError if the address cannot be had, RuntimeError when called again."""
-        if self._outbox is not None:
+        if self._dispatcher is not None:
             raise RuntimeError("A WorkerService starts once; make another one.")
-        loop = asyncio.get_running_loop()
-        self._outbox = Outbox(loop)
-        self._beats = _BeatTimer(loop)
+        self._dispatcher = Dispatcher(asyncio.get_running_loop(), self._engine, self.counters)
+        self._id = secrets.token_hex(16)
         try:
             self._engine.start()
             self._server = await self._listen()
@@ -148,7 +147,7 @@ class WorkerService:
             write_limit=256 * 1024,
             ping_interval=_PING_INTERVAL,
             ping_timeout=_PING_TIMEOUT,
-            close_timeout=_CLOSE_TIMEOUT,
+            close_timeout=CLOSE_TIMEOUT,
             logger=_wire_logger,
             ssl=self._ssl_context,
         )
@@ -169,14 +168,34 @@ class WorkerService:
             _logger.warning("The secret is shorter than %d bytes and may be guessed.", MIN_SECRET_BYTES)
 
     async def serve_forever(self) -> None:
-        """Serve until this coroutine is cancelled or ``stop()`` is called; start first if need be."""
+        """Serve until this coroutine is cancelled, or until the end of ``stop()`` or ``drain()``.
+
+        Starts first if need be.
+        """
         if self._server is None:
             await self.start()
-        assert self._server is not None
         try:
-            await self._server.wait_closed()
+            await self._ended.wait()
         finally:
             await self.stop()
+
+    async def drain(self, timeout: float = 30.0) -> bool:
+        """Listen no more, finish the runs that there are, then ``stop()``; return what that returns.
+
+        Hosts that know of draining are told; a ``run_task`` from now on is refused. After
+        *timeout* seconds the runs that are left end with an error of the kind
+        ``WorkerStopping``. It ends earlier when no run is alive and every end of one has
+        arrived. When this coroutine is cancelled, ``stop()`` is still to be called.
+        Raises RuntimeError if the service is not started, or is draining already.
+        """
+        if self._server is None or self._dispatcher is None or self._is_draining:
+            raise RuntimeError("A WorkerService can be drained once, after its start.")
+        self._is_draining = True
+        self._server.close(close_connections=False)
+        _logger.info("Draining for up to %g s: %d runs of %d hosts.", timeout, *self._dispatcher.counts())
+        given_up = await self._dispatcher.drain(timeout)
+        _logger.info("Drained: %d runs were given up.", given_up)
+        return await self.stop()
 
     async def stop(self, timeout: float = 1.0) -> bool:
         """Stop accepting, close connections with 1001, end the engine.
@@ -186,14 +205,14 @@ class WorkerService:
         Calling it again is harmless.
         """
         server, self._server = self._server, None
-        if server is not None:
-            server.close()
+        self._ended.set()
+        if server is not None and self._dispatcher is not None:
+            server.close(close_connections=False)  # those in their handshake are refused by it
+            await self._dispatcher.close()
             # A peer in the middle of its handshake is not waited for.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(server.wait_closed()), _CLOSE_TIMEOUT + 0.5)
+                await asyncio.wait_for(asyncio.shield(server.wait_closed()), CLOSE_TIMEOUT + 0.5)
             logs.uninstall()
-        if self._beats is not None:
-            self._beats.stop()
         clean = await asyncio.to_thread(self._engine.close, timeout)
         if server is not None:
             _logger.info("Stopped.")
@@ -221,82 +240,26 @@ class WorkerService:
 
     def _greet(self, connection: ServerConnection, request: Request, response: Response) -> None:
         """Answer a host of this package in its own words; a foreign one never sees our headers."""
-        if response.status_code == 101 and _is_ours(request):
-            response.headers["X-Wove-Sync"] = "1"
-            response.headers["X-Wove-Max-Message"] = str(self._max_message_bytes)
+        if response.status_code == 101:
+            greeting = Greeting.read(request.headers.get_all)
+            response.headers.update(greeting.answer(self._id, self._max_message_bytes))
 
     async def _serve_host(self, connection: ServerConnection) -> None:
-        assert self._outbox is not None and self._beats is not None and connection.request is not None
+        assert self._dispatcher is not None and connection.request is not None
         _set_user_timeout(connection)
         # asyncio makes a buffer of this size for each read, and 256 KiB cost a system call or two more.
         connection.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
-        ours = _is_ours(connection.request)
-        limit = _announced_limit(connection.request) if ours else _FOREIGN_LIMIT
-        host = HostConnection(
-            connection,
-            engine=self._engine,
-            outbox=self._outbox,
-            expect_beats=self._beats.add,
-            counters=self.counters,
-            limit=limit,
-            batching=ours,
-        )
+        get_all = connection.request.headers.get_all
+        host = HostConnection(connection, Greeting.read(get_all), self.counters)
         self.counters["connections"] += 1
         _logger.info("Host %s connected.", _peer(connection))
-        await host.serve()
+        await self._dispatcher.serve(host, self._auth.key_id(get_all))
         _logger.info("Host %s is gone (close code %s).", _peer(connection), connection.close_code)
-
-
-class _BeatTimer:
-    """One timer of the loop for the heartbeats of all runs; user code cannot delay it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._schedule = BeatSchedule()
-        self._handle: asyncio.TimerHandle | None = None
-
-    def add(self, run: Run) -> None:
-        """Have *run* beat from now on, if its host asked for that."""
-        if run.beat_interval is not None:
-            self._schedule.add(run, self._loop.time())
-            self._arm()
-
-    def _arm(self) -> None:
-        moment = self._schedule.next_at()
-        if moment is None or (self._handle is not None and self._handle.when() <= moment):
-            return
-        if self._handle is not None:
-            self._handle.cancel()
-        self._handle = self._loop.call_at(moment, self._fire)
-
-    def _fire(self) -> None:
-        self._handle = None
-        for run in self._schedule.due(self._loop.time()):
-            run.owner.beat(run)
-        self._arm()
-
-    def stop(self) -> None:
-        """Beat no more."""
-        if self._handle is not None:
-            self._handle.cancel()
 
 
 def _peer(connection: ServerConnection) -> str:
     address = connection.remote_address
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a closed connection"
-
-
-def _is_ours(request: Request) -> bool:
-    values = request.headers.get_all("X-Wove-Sync")
-    return len(values) == 1 and values[0].partition(";")[0].strip() == "1"
-
-
-def _announced_limit(request: Request) -> int:
-    """Return the largest message that this host says it accepts."""
-    values = request.headers.get_all("X-Wove-Max-Message")
-    if len(values) != 1 or not (values[0].isascii() and values[0].isdigit() and len(values[0]) <= 18):
-        return _FOREIGN_LIMIT
-    return max(_SMALLEST_LIMIT, int(values[0]))
 
 
 def _set_user_timeout(connection: ServerConnection) -> None:

@@ -1,0 +1,474 @@
+"""The worker's pure rooms about hosts: who is known, what is kept for whom, and for how long."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from wove_ws_sync.worker import hosts as hosts_module
+from wove_ws_sync.worker.commands import AttachTask, Resume, RunTask
+from wove_ws_sync.worker.greeting import Greeting
+from wove_ws_sync.worker.hosts import Host, HostTable
+from wove_ws_sync.worker.kept import Kept, KeptEvents
+from wove_ws_sync.worker.runs import BeatSchedule, Run, RunState, RunTable
+
+FULL = ("resume", "ack", "drain")
+POLICIES = ("fail", "cancel", "requeue", "detach")
+DAY = 86400.0
+
+
+def greeting(name: str = "a" * 32, *, window: float = 10.0, features: tuple[str, ...] = FULL) -> Greeting:
+    return Greeting(True, features, 1_000_000, name if "resume" in features else "", window)
+
+
+def attach(run_id: str, *, beat: float | None = None, policy: str = "detach") -> AttachTask:
+    return AttachTask(run_id, "task", beat, "require_ack", policy)
+
+
+def error_of(kept: Any) -> dict[str, Any]:
+    assert isinstance(kept, Kept)
+    error: dict[str, Any] = json.loads(kept.event)["error"]
+    return error
+
+
+class Service:
+    """A host table with connections that are names, and a run for the asking."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[str] = Counter()
+        self.table = HostTable(self.counters)
+
+    def enter(self, connection: str, now: float = 0.0, key: str = "key", **said: Any) -> Host:
+        host, before, stopped = self.table.enter(key, greeting(**said), connection, now)
+        self.before, self.stopped = before, [run.run_id for run in stopped]
+        return host
+
+    def run(self, host: Host, run_id: str, policy: str = "cancel") -> Run:
+        run = host.runs.accept(RunTask(run_id, "task", "pickle", None, None, "best_effort", policy), host)
+        assert run is not None
+        return run
+
+    def end(self, run: Run, now: float = 0.0, event: bytes = b"the end") -> None:
+        assert run.owner.runs.ended(run)
+        run.owner.keep(run, event, now)
+
+    def away(self, host: Host, now: float) -> list[str]:
+        return [run.run_id for run in self.table.leave(host, now)]
+
+    def due(self, now: float) -> list[str]:
+        return sorted(run.run_id for run in self.table.due(now))
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service()
+
+
+def lists(host: Host, *run_ids: str, more: bool = False, now: float = 0.0) -> dict[str, list[str]]:
+    state = host.resume(Resume(run_ids, more), now).state
+    return {key: value for key, value in state.items() if key != "type" and value}
+
+
+class TestResume:
+    """What a host that comes back is told."""
+
+    def test_each_run_is_in_the_list_that_it_belongs_to(self, service: Service) -> None:
+        """Queued and running ones are alive, kept ends finished, what never arrived is unknown."""
+        host = service.enter("one")
+        service.run(host, "queued")
+        host.runs.started(service.run(host, "running"))
+        service.end(service.run(host, "ended"))
+        service.away(host, 1.0)
+        assert service.enter("two", 2.0) is host
+        resumed = host.resume(Resume(("ended", "queued", "never", "running", "queued"), False), 2.0)
+        assert resumed.state == {
+            "type": "resume_state",
+            "alive": ["queued", "running"],
+            "finished": ["ended"],
+            "unknown": ["never"],
+            "lost": [],
+        }
+        assert [kept.event for kept in resumed.ended] == [b"the end"] and resumed.stopped == []
+
+    def test_a_host_that_is_not_known_has_lost_everything(self, service: Service) -> None:
+        """Of its runs nothing can be said, but for those that it has sent since."""
+        host = service.enter("one")
+        service.run(host, "new")
+        assert lists(host, "old", "new") == {"lost": ["old"], "alive": ["new"]}
+
+    def test_names_belong_to_a_key(self, service: Service) -> None:
+        """The same name under another key is another host."""
+        host = service.enter("one", key="key")
+        service.run(host, "r")
+        other = service.enter("two", key="other")
+        assert other is not host and service.before is None
+        assert lists(other, "r") == {"lost": ["r"]}
+
+    def test_what_is_not_listed_ends_after_the_last_list(self, service: Service) -> None:
+        """Runs are stopped without an event, kept ends dropped; not before ``more`` is false."""
+        host = service.enter("one")
+        kept, dropped = service.run(host, "kept"), service.run(host, "dropped")
+        service.end(service.run(host, "old end"))
+        service.away(host, 1.0)
+        service.enter("two", 2.0)
+        late = service.run(host, "late")
+        assert host.resume(Resume(("kept",), True), 2.0).stopped == []
+        assert host.resume(Resume((), False), 2.0).stopped == [dropped]
+        assert [kept.state, late.state, dropped.state] == [RunState.QUEUED] * 2 + [RunState.ENDED]
+        assert host.kept is not None and len(host.kept) == 0
+
+    def test_what_is_under_detach_and_not_listed_is_let_go(self, service: Service) -> None:
+        """Alive or ended, another host of the key may attach to it."""
+        host = service.enter("one")
+        alive, ended = service.run(host, "alive", "detach"), service.run(host, "ended", "detach")
+        service.end(ended)
+        service.away(host, 1.0)
+        service.enter("two", 2.0)
+        assert host.resume(Resume((), False), 2.0).stopped == []
+        other = service.enter("three", name="b" * 32)
+        assert other.attach(attach("alive"), 3.0) is alive
+        assert isinstance(other.attach(attach("ended"), 3.0), Kept)
+
+    def test_a_newer_connection_takes_over(self, service: Service) -> None:
+        """The one before is returned to be closed; its end later changes nothing."""
+        host = service.enter("one")
+        run = service.run(host, "r")
+        assert service.enter("two", 1.0) is host
+        assert (service.before, host.connection, host.unconfirmed) == ("one", "two", {"r"})
+        assert lists(host, "r") == {"alive": ["r"]} and host.unconfirmed == set()
+        assert service.table.next_at() is None and run.state is RunState.QUEUED
+
+    def test_after_a_dropped_end_nothing_is_called_unknown(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may be the one that was dropped, and must not be taken for a run that never arrived."""
+        monkeypatch.setattr(hosts_module, "MAX_KEPT_BYTES", 100)
+        host = service.enter("one")
+        for number in range(30):
+            service.end(service.run(host, f"r{number}"), event=b"tiny event")
+        service.away(host, 1.0)
+        service.enter("two", 2.0)
+        assert lists(host, "r0", "r29") == {"lost": ["r0"], "finished": ["r29"]}
+
+    def test_a_host_that_said_shutdown_is_forgotten(self, service: Service) -> None:
+        """When its connection ends, or when a newer one comes before that."""
+        for early in (False, True):
+            host = service.enter("one")
+            service.run(host, "r", "detach")
+            host.leaving = True
+            if not early:
+                assert service.away(host, 1.0) == ["r"]
+            again = service.enter("two", 2.0)
+            assert again is not host
+            assert (service.before, service.stopped) == (("one", ["r"]) if early else (None, []))
+            assert lists(again, "r") == {"lost": ["r"]}
+            again.leaving = True
+            service.away(again, 3.0)
+
+    def test_without_resume_nothing_outlives_the_connection(self, service: Service) -> None:
+        """Whatever the policy of its runs is."""
+        for features in ((), ("ack", "drain")):
+            host = service.enter("one", features=features)
+            for policy in POLICIES:
+                service.run(host, policy, policy)
+            assert len(service.away(host, 1.0)) == 4
+            assert service.table.next_at() is None and service.table.live_runs() == []
+            assert service.enter("two", features=features) is not host
+
+
+class TestAway:
+    """What an absence ends, by the table on the page of the wire protocol."""
+
+    def test_the_window_ends_runs_by_their_policy(self, service: Service) -> None:
+        """ "cancel" leaves HostAway, "detach" is let go, the others go on until the host is forgotten."""
+        host = service.enter("one", window=5.0)
+        runs = {
+            policy: service.run(host, policy, policy) for policy in ("fail", "cancel", "requeue", "detach")
+        }
+        service.away(host, 100.0)
+        assert service.table.next_at() == 105.0
+        assert service.due(104.9) == []
+        assert service.due(105.0) == ["cancel"]
+        assert runs["detach"].owner is not host and runs["detach"].state is RunState.QUEUED
+        assert host.kept is not None
+        error = error_of(host.kept.get("cancel"))
+        assert (error["kind"], error["retryable"]) == ("HostAway", True) and "5 s" in error["message"]
+        assert service.table.next_at() == 1000.0
+        assert service.due(1000.0) == ["fail", "requeue"]
+        assert lists(service.enter("two", 1001.0), "fail") == {"lost": ["fail"]}
+
+    def test_a_host_that_comes_back_in_time_loses_nothing(self, service: Service) -> None:
+        """And the next absence is counted from its own beginning, with the new window."""
+        host = service.enter("one", window=5.0)
+        service.run(host, "r")
+        service.away(host, 0.0)
+        service.enter("two", 4.9, window=7.0)
+        assert service.table.next_at() is None and service.due(DAY) == []
+        service.away(host, 100.0)
+        assert service.table.next_at() == 107.0
+
+    def test_after_the_window_it_still_has_what_is_kept(self, service: Service) -> None:
+        """HostAway is among the finished, what was let go is taken back."""
+        host = service.enter("one", window=0.0)
+        service.run(host, "cancelled")
+        detached, ended = service.run(host, "detached", "detach"), service.run(host, "ended", "detach")
+        service.end(ended)
+        service.away(host, 0.0)
+        assert service.due(0.0) == ["cancelled"]
+        assert service.enter("two", 1.0) is host
+        assert lists(host, "cancelled", "detached", "ended") == {
+            "alive": ["detached"],
+            "finished": ["cancelled", "ended"],
+        }
+        assert detached.owner is host
+
+    def test_a_long_window_is_kept_beyond_the_15_minutes(self, service: Service) -> None:
+        """The host is forgotten at the end of its window then; what is under detach is let go."""
+        host = service.enter("one", window=3600.0)
+        detached = service.run(host, "detached", "detach")
+        service.run(host, "queued", "requeue")
+        service.away(host, 0.0)
+        assert service.due(3599.0) == []
+        assert service.due(3600.0) == ["queued"]
+        assert service.enter("two", 3601.0) is not host
+        assert service.enter("three", name="b" * 32).attach(attach("detached"), 3602.0) is detached
+
+    def test_1000_hosts_may_be_away(self, service: Service) -> None:
+        """The one that is away for longest is forgotten for the next one; it is counted."""
+        first = service.enter("c", name="first")
+        service.run(first, "r", "fail")
+        detached = service.run(first, "d", "detach")
+        service.away(first, 0.0)
+        for number in range(999):
+            assert service.away(service.enter("c", name=f"host{number}"), 1.0) == []
+        assert service.away(service.enter("c", name="one more"), 2.0) == ["r"]
+        assert service.counters["forgotten_host"] == 1
+        assert service.enter("c", 3.0, name="first") is not first
+        assert service.enter("c", 3.0, name="host0").attach(attach("d"), 3.0) is detached
+
+
+class TestDetach:
+    """Runs that are let go, and who may take them."""
+
+    def test_another_host_of_the_key_takes_a_run_with_its_own_delivery(self, service: Service) -> None:
+        """Once; the run goes on, and the new host owns it."""
+        host, other = service.enter("one"), service.enter("two", name="b" * 32)
+        run = service.run(host, "r")
+        host.runs.started(run)
+        assert host.let_go("r", 0.0) == []
+        assert host.runs.get("r") is None and run.owner.connection is None
+        assert other.attach(attach("r", beat=0.5), 1.0) is run
+        assert (run.owner, run.state) == (other, RunState.RUNNING)
+        assert (run.beat_interval, run.cancel_mode, run.orphan_policy) == (0.5, "require_ack", "detach")
+        assert host.attach(attach("r"), 2.0) is None
+        assert other.attach(attach("r", beat=0.5), 2.0) is run
+
+    def test_another_key_has_no_such_run(self, service: Service) -> None:
+        """Nor has a host without ``resume``; the end as well is for the same key only."""
+        host, stranger = service.enter("one"), service.enter("two", key="other", name="b" * 32)
+        service.run(host, "alive")
+        service.end(service.run(host, "ended"))
+        for run_id in ("alive", "ended"):
+            assert host.let_go(run_id, 0.0) == []
+            assert stranger.attach(attach(run_id), 1.0) is None
+            assert host.find(run_id, 2.0) is not None
+
+    def test_an_end_is_fetched_once(self, service: Service) -> None:
+        """It is then kept for the host that fetched it, until that acknowledges it."""
+        host, other = service.enter("one"), service.enter("two", name="b" * 32)
+        run = service.run(host, "r")
+        host.let_go("r", 0.0)
+        service.end(run, 5.0)
+        kept = other.attach(attach("r"), 6.0)
+        assert isinstance(kept, Kept) and kept.event == b"the end" and kept.run.owner is other
+        assert host.attach(attach("r"), 7.0) is None
+        assert other.kept is not None and other.kept.pop("r") is not None
+        assert other.attach(attach("r"), 8.0) is None
+
+    def test_a_run_of_a_host_that_holds_it_is_not_to_be_had(self, service: Service) -> None:
+        """Neither alive nor ended."""
+        host, other = service.enter("one"), service.enter("two", name="b" * 32)
+        service.run(host, "alive")
+        service.end(service.run(host, "ended"))
+        assert other.attach(attach("alive"), 1.0) is other.attach(attach("ended"), 1.0) is None
+        assert host.let_go("never", 1.0) is None
+
+    def test_only_the_host_that_let_go_gets_it_back_by_resume(self, service: Service) -> None:
+        """For another host, that lists the same id, it is unknown."""
+        host, other = service.enter("one"), service.enter("two", name="b" * 32)
+        service.run(host, "r")
+        host.let_go("r", 0.0)
+        service.away(other, 1.0)
+        service.enter("two", 2.0, name="b" * 32)
+        assert lists(other, "r") == {"unknown": ["r"]}
+        service.away(host, 1.0)
+        service.enter("one", 2.0)
+        assert lists(host, "r") == {"alive": ["r"]}
+
+    def test_an_end_is_kept_for_15_minutes(self, service: Service) -> None:
+        """Counted from the end of the run; a run that is alive is kept as long as it runs."""
+        host = service.enter("one")
+        run = service.run(host, "r")
+        host.let_go("r", 0.0)
+        assert service.table.next_at() is None
+        service.end(run, DAY)
+        assert service.table.next_at() == DAY + 900
+        service.due(DAY + 899)
+        assert service.counters["expired_run"] == 0
+        service.due(DAY + 900)
+        assert service.counters["expired_run"] == 1 and service.table.next_at() is None
+        assert host.attach(attach("r"), DAY + 901) is None
+
+    def test_1000_ends_are_kept(self, service: Service) -> None:
+        """The oldest makes room."""
+        host = service.enter("one")
+        for number in range(1001):
+            service.end(service.run(host, f"r{number}"))
+            host.let_go(f"r{number}", float(number))
+        assert host.attach(attach("r0"), 2000.0) is None
+        assert host.attach(attach("r1"), 2000.0) is not None
+
+    def test_the_same_id_let_go_twice(self, service: Service) -> None:
+        """Two hosts with one run_id: the later run has the place, the earlier one is to be stopped."""
+        host, other = service.enter("one"), service.enter("two", name="b" * 32)
+        first, second = service.run(host, "r"), service.run(other, "r")
+        assert host.let_go("r", 0.0) == []
+        assert other.let_go("r", 0.0) == [first]
+        assert first.state is RunState.ENDED
+        assert host.attach(attach("r"), 1.0) is second
+
+
+class TestKeptEvents:
+    """The bounds of what is kept."""
+
+    @staticmethod
+    def run(run_id: str) -> Run:
+        run = RunTable().accept(RunTask(run_id, "task", "pickle", None, None, "best_effort"))
+        assert run is not None
+        return run
+
+    def put(self, kept: KeptEvents, run_id: str, size: int) -> int:
+        return kept.put(self.run(run_id), b"x" * size, 0.0)
+
+    def test_the_newest_does_not_count(self) -> None:
+        """One event larger than the bound is kept until the next one comes."""
+        kept = KeptEvents(100, stub=lambda run: b"stub")
+        assert self.put(kept, "large", 5000) == 0
+        large = kept.get("large")
+        assert large is not None and len(large.event) == 5000
+        assert self.put(kept, "next", 10) == 1
+        assert [kept.get(run_id) and kept.get(run_id).event[:4] for run_id in kept] == [b"stub", b"xxxx"]  # type: ignore[union-attr]
+
+    def test_the_oldest_are_replaced_first(self) -> None:
+        """As many as it takes; what is replaced or acknowledged makes room."""
+        kept = KeptEvents(110, stub=lambda run: b"stub")
+        assert [self.put(kept, name, 50) for name in "abc"] == [0, 0, 0]
+        assert self.put(kept, "d", 50) == 1
+        assert kept.pop("b") is not None
+        assert self.put(kept, "e", 40) == 0
+        sizes = {run_id: len(entry.event) for run_id in kept if (entry := kept.get(run_id))}
+        assert sizes == {"a": 4, "c": 50, "d": 50, "e": 40}
+        assert not kept.incomplete
+
+    def test_stubs_are_bounded_as_well(self) -> None:
+        """When only stubs are left, the oldest of them are dropped, and that is remembered."""
+        kept = KeptEvents(100, stub=lambda run: b"x" * 30)
+        for number in range(20):
+            self.put(kept, str(number), 1000)
+        assert list(kept) == ["16", "17", "18", "19"] and kept.incomplete
+
+    def test_tiny_events_are_dropped_and_not_made_larger(self) -> None:
+        """A stub that needs more room than the event is no help."""
+        kept = KeptEvents(100, stub=lambda run: b"x" * 30)
+        for number in range(20):
+            self.put(kept, str(number), 10)
+        assert len(kept) == 11 and kept.incomplete
+
+    def test_an_event_that_is_put_again_counts_once(self) -> None:
+        """It is the newest then."""
+        kept = KeptEvents(100)
+        for _ in range(10):
+            self.put(kept, "r", 60)
+            self.put(kept, "s", 30)
+        assert list(kept) == ["r", "s"] and not kept.incomplete
+
+    def test_many_can_be_forgotten_and_replaced_quickly(self) -> None:
+        """100,000 events over the bound, acknowledged from the front: no search from the front each time."""
+        kept = KeptEvents(50_000 * 100)
+        for number in range(100_000):
+            self.put(kept, str(number), 100)
+        assert len(kept) == 50_001
+        for number in range(50_000, 100_000):
+            kept.pop(str(number))
+        assert len(kept) <= 1
+
+
+class TestGreeting:
+    """The headers of a host."""
+
+    @staticmethod
+    def read(**headers: str | list[str]) -> Greeting:
+        values = {name.replace("_", "-"): [v] if isinstance(v, str) else v for name, v in headers.items()}
+        return Greeting.read(lambda name: values.get(name.removeprefix("X-Wove-"), []))
+
+    @pytest.mark.parametrize(
+        ("sync", "host", "features"),
+        [
+            ("1", "a" * 32, ()),
+            ("1; f=", "a" * 32, ()),
+            ("1; f=resume,ack,drain", "a" * 32, ("resume", "ack", "drain")),
+            ("1; f=drain,ack,resume", "A0" * 16, ("resume", "ack", "drain")),
+            (" 1 ;f= bin , ack ,seal", "a" * 32, ("ack",)),
+            ("1; q=resume; f=drain", "a" * 32, ("drain",)),
+            ("1; f=resume,drain", "a" * 32, ("drain",)),
+            *(
+                ("1; f=resume,ack", odd, ("ack",))
+                for odd in ("", "a" * 31, "a" * 33, "g" * 32, "\u0661" * 32)
+            ),
+        ],
+    )
+    def test_extensions_are_those_that_both_sides_know(
+        self, sync: str, host: str, features: tuple[str, ...]
+    ) -> None:
+        """In our order; ``resume`` needs ``ack`` and a name."""
+        found = self.read(Sync=sync, Host=host)
+        assert found.ours and found.features == features
+        assert found.host_id == (host.lower() if "resume" in features else "")
+        answer = found.answer("w", 5)
+        assert answer["X-Wove-Sync"] == "1" + ("; f=" + ",".join(features) if features else "")
+        assert (answer["X-Wove-Worker"], answer["X-Wove-Max-Message"]) == ("w", "5")
+
+    @pytest.mark.parametrize("sync", [[], ["2; f=ack"], ["1", "1"], ["11"], [""], ["ack"]])
+    def test_another_version_is_a_foreign_host(self, sync: list[str]) -> None:
+        """It is answered nothing and uses nothing."""
+        found = self.read(Sync=sync, Host="a" * 32, Max_Message="5000000")
+        assert found == Greeting(False, (), 1024 * 1024 - 1, "", 0.0)
+        assert found.answer("w", 5) == {}
+
+    @pytest.mark.parametrize(
+        ("text", "window"),
+        [("0", 0), ("2.5", 2.5), ("1e2", 100), ("-1", 0), ("9" * 30, 3600), ("3601", 3600)]
+        + [(odd, 10) for odd in ("", "x", "nan", "inf", "-inf", "1e999", "1,5", "0x10", ["1", "2"], [])],
+    )
+    def test_an_odd_window_is_ten_seconds(self, text: Any, window: float) -> None:
+        """Numbers are kept from 0 to an hour."""
+        assert self.read(Sync="1", Resume_Window=text).window == window
+
+
+def test_a_run_with_a_new_interval_beats_by_that_only() -> None:
+    """Its earlier place in the schedule is given up, whichever of the two intervals is shorter."""
+    for first, second in ((9.0, 1.0), (1.0, 9.0)):
+        run = RunTable().accept(RunTask("r", "task", "pickle", None, first, "best_effort"))
+        assert run is not None
+        schedule = BeatSchedule()
+        schedule.add(run, 0.0)
+        run.beat_interval = second
+        schedule.add(run, 0.0)
+        beats = [moment for moment in range(1, 19) if list(schedule.due(float(moment)))]
+        assert beats == [moment for moment in range(1, 19) if moment % second == 0]
+        run.beat_interval = None
+        schedule.add(run, 20.0)
+        assert schedule.next_at() is None

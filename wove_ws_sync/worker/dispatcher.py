@@ -1,0 +1,352 @@
+"""What each command does, and who hears of each run.
+
+Owns: the hosts, the two timers (heartbeats and absences), what draining means. Never:
+executes user code (the engine's threads do), never reads or writes a socket.
+
+Everything here happens on the event loop that serves connections. Threads reach it
+through the ``Outbox`` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..frames import encode
+from .alarm import Alarm
+from .commands import (
+    AttachTask,
+    CancelTask,
+    Command,
+    DetachTask,
+    EventAck,
+    Ignored,
+    MalformedRun,
+    Resume,
+    RunTask,
+    Shutdown,
+)
+from .connection import HostConnection
+from .engines import Engine
+from .events import cancelled_event, error_event, life_event, plain_error, service_error
+from .hosts import Host, HostTable
+from .jobs import Job
+from .kept import Kept
+from .outbox import Outbox
+from .runs import BeatSchedule, Run, RunState, Stopped
+
+__all__ = ["Dispatcher"]
+
+_logger = logging.getLogger("wove_ws_sync.worker")
+
+#: Commands of an extension count as unknown where that is not used.
+_NEEDS: dict[type, str] = {Resume: "resume", DetachTask: "resume", AttachTask: "resume", EventAck: "ack"}
+#: What the last errors of a drain may take to be written, in seconds.
+_FLUSH_TIMEOUT = 1.0
+
+
+class Dispatcher:
+    """Obey hosts. One for a service; *counters* are the service's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine, counters: Counter[str]) -> None:
+        self._loop = loop
+        self._engine = engine
+        self._counters = counters
+        self._outbox = Outbox(loop, self._happened)
+        self._table = HostTable(counters)
+        self._beats = BeatSchedule()
+        self._beat_alarm = Alarm(loop, self._beats.next_at, self._beat)
+        self._away_alarm = Alarm(loop, self._table.next_at, self._end_absences)
+        self._connections: set[HostConnection] = set()
+        self._drain_until: float | None = None  # set once it begins; it never ends
+        self._settled: Callable[[], bool] | None = None  # what a drain waits for
+        self._wake_drain: asyncio.Future[None] | None = None
+        self._closed = False
+        self._commands: dict[type, Callable[[Host, Any], None]] = {
+            RunTask: self._run_task,
+            CancelTask: self._cancel_task,
+            Shutdown: self._shutdown,
+            MalformedRun: self._malformed,
+            Ignored: self._ignored,
+            Resume: self._resume,
+            EventAck: self._event_ack,
+            DetachTask: self._detach_task,
+            AttachTask: self._attach_task,
+        }
+
+    async def serve(self, connection: HostConnection, key: str) -> None:
+        """Serve the host that *connection* belongs to; it was authenticated with *key*."""
+        if self._closed:
+            await connection.close(1001)
+            return
+        host, before, stopped = self._table.enter(key, connection.greeting, connection, self._loop.time())
+        connection.host = host
+        self._connections.add(connection)
+        if before is not None:
+            self._counters["takeover"] += 1
+            before.retire()
+        self._stop_jobs(stopped)
+        if self._drain_until is not None:
+            self._announce_drain(connection)
+        try:
+            await connection.serve(self._obey, self._gone)
+        finally:
+            self._connections.discard(connection)
+
+    def _gone(self, connection: HostConnection) -> None:
+        """Note that *connection* brings and takes nothing more. Calling it again is harmless."""
+        host: Host = connection.host
+        if host.connection is connection:
+            self._stop_jobs(self._table.leave(host, self._loop.time()))
+            self._away_alarm.arm()
+        self._check_drain()
+
+    def _obey(self, connection: HostConnection, command: Command) -> None:
+        if self._closed:
+            return
+        needed = _NEEDS.get(type(command))
+        if needed is None or needed in connection.greeting.features:
+            self._commands[type(command)](connection.host, command)
+        else:
+            self._counters["ignored_type"] += 1
+
+    # Commands of Wove
+
+    def _run_task(self, host: Host, command: RunTask) -> None:
+        if self._is_known(host, command.run_id):
+            self._counters["duplicate_run"] += 1
+            return
+        if self._drain_until is not None:
+            self._counters["refused_run"] += 1
+            host.connection.send(_stopping(command, started=False))
+            return
+        run = host.runs.accept(command, host)
+        assert run is not None
+        run.job = Job(command, functools.partial(self._outbox.post, run), host.connection.greeting.limit)
+        self._expect_beats(run)
+        self._outbox.look_soon()
+        try:
+            self._engine.submit(run.job)
+        except RuntimeError as exc:  # no more threads, or the service is stopping
+            run.job.abandoned = True
+            error = plain_error(type(exc).__name__, f"The worker cannot take the run: {exc}.", "executor")
+            self._happened(run, "ended", error_event(run.run_id, run.task_id, {**error, "retryable": True}))
+
+    def _is_known(self, host: Host, run_id: str) -> bool:
+        """Tell whether the run was here before, which must not happen twice; its end is told again."""
+        host.unconfirmed.discard(run_id)
+        found = host.find(run_id, self._loop.time())
+        if isinstance(found, Kept):
+            self._tell_end(found.run, found.event)
+        return found is not None
+
+    def _cancel_task(self, host: Host, command: CancelTask) -> None:
+        run = host.runs.get(command.run_id)
+        if run is None:
+            self._counters["unknown_run"] += 1
+        else:
+            self._cancel(run, command.cancel_mode)
+
+    def _cancel(self, run: Run, mode: str | None) -> None:
+        stopped = self._engine.cancel(run.job)
+        if not run.owner.runs.cancelled(run, stopped, mode):
+            return
+        run.job.abandoned = True
+        run.job = None
+        self._end(run, cancelled_event(run.run_id, run.task_id))
+
+    def _shutdown(self, host: Host, command: Shutdown) -> None:
+        host.leaving = True
+        for run in host.runs:
+            self._cancel(run, None)
+
+    def _malformed(self, host: Host, command: MalformedRun) -> None:
+        self._counters["malformed_run"] += 1
+        if not host.has(command.run_id):  # or the error would end the run that has this id
+            error = plain_error("MalformedFrame", command.message, "payload")
+            host.connection.send(error_event(command.run_id, command.task_id, error))
+
+    def _ignored(self, host: Host, command: Ignored) -> None:
+        self._counters[f"ignored_{command.reason}"] += 1
+
+    # Commands of the extensions
+
+    def _resume(self, host: Host, command: Resume) -> None:
+        state, ended, stopped = host.resume(command, self._loop.time())
+        host.connection.send_first(encode(state))
+        for kept in ended:
+            self._tell_end(kept.run, kept.event)
+        self._stop_jobs(stopped)
+        self._away_alarm.arm()  # something may be on the shelf now
+
+    def _event_ack(self, host: Host, command: EventAck) -> None:
+        assert host.kept is not None
+        for run_id in command.run_ids:
+            host.unconfirmed.discard(run_id)
+            if host.kept.pop(run_id) is None:
+                self._counters["unknown_ack"] += 1
+        self._check_drain()
+
+    def _detach_task(self, host: Host, command: DetachTask) -> None:
+        displaced = host.let_go(command.run_id, self._loop.time())
+        if displaced is None:
+            self._counters["unknown_run"] += 1
+        else:
+            self._stop_jobs(displaced)
+            self._away_alarm.arm()
+            self._check_drain()
+
+    def _attach_task(self, host: Host, command: AttachTask) -> None:
+        found = host.attach(command, self._loop.time())
+        if found is None:
+            self._counters["unknown_run"] += 1
+            message = "There is no such run to attach to: it was never let go, was fetched, or has expired."
+            host.connection.send(
+                service_error(command.run_id, command.task_id, "UnknownRun", message, retryable=False)
+            )
+        elif isinstance(found, Kept):
+            self._tell_end(found.run, found.event)
+        else:
+            self._expect_beats(found)
+            started = found.state is RunState.RUNNING
+            host.connection.send(life_event(found.run_id, found.task_id, started=started))
+
+    # Events
+
+    def _happened(self, run: Run, kind: str, event: bytes) -> None:
+        """Take what a job reports of *run*: "started", "log" or "ended"."""
+        owner = run.owner
+        if kind == "started":
+            if owner.runs.started(run) and _is_heard(run):
+                owner.connection.send(event)
+        elif kind == "ended":
+            if owner.runs.ended(run):
+                self._end(run, event)
+            else:
+                self._counters["late_result"] += 1
+            run.job = None  # the two know each other, which only the collector would undo
+        elif run.state is RunState.RUNNING and _is_heard(run):
+            owner.connection.log(event)
+
+    def _end(self, run: Run, event: bytes) -> None:
+        """Keep the terminal event of a run that has just ended, and tell its host."""
+        lost = run.owner.keep(run, event, self._loop.time())
+        if lost:
+            self._counters["dropped_result"] += lost
+        if run.owner.connection is None:
+            self._away_alarm.arm()
+        self._tell_end(run, event)
+        if self._settled is not None:
+            self._check_drain()
+
+    def _tell_end(self, run: Run, event: bytes) -> None:
+        if not _is_heard(run):
+            return
+        limit = run.owner.connection.greeting.limit
+        if len(event) > limit:  # it was made for a host that accepts more
+            message = f"The result takes {len(event)} bytes as a message; this host accepts {limit}."
+            event = service_error(run.run_id, run.task_id, "ResultTooLarge", message, retryable=False)
+        run.owner.connection.send(event)
+
+    def _expect_beats(self, run: Run) -> None:
+        """Have *run* beat from now on, if its host asked for that."""
+        if run.beat_interval is not None:
+            self._beats.add(run, self._loop.time())
+            self._beat_alarm.arm()
+
+    def _beat(self, now: float) -> None:
+        for run in self._beats.due(now):
+            if _is_heard(run):
+                run.owner.connection.beat(run)
+
+    def _end_absences(self, now: float) -> None:
+        self._stop_jobs(self._table.due(now))
+        self._check_drain()
+
+    def _stop_jobs(self, runs: Iterable[Run]) -> None:
+        """Stop what executes runs that have ended for everybody else."""
+        for run in runs:
+            run.job.abandoned = True
+            self._engine.cancel(run.job)
+            run.job = None
+
+    # The end
+
+    async def drain(self, timeout: float) -> int:
+        """Take no new runs and wait for those that there are; return how many had to be given up."""
+        self._drain_until = self._loop.time() + timeout
+        for connection in self._connections:
+            connection.on_idle = self._check_drain
+            self._announce_drain(connection)
+        await self._wait_until(self._is_settled, timeout)
+        left = self._table.live_runs()
+        for run in left:
+            stopped = self._engine.cancel(run.job)
+            run.job.abandoned = True
+            run.job = None
+            run.owner.runs.ended(run)
+            self._end(run, _stopping(run, started=stopped is not Stopped.WITHDRAWN))
+        if left:
+            await self._wait_until(self._is_written, _FLUSH_TIMEOUT)
+        return len(left)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many runs are alive and how many hosts are connected."""
+        return len(self._table.live_runs()), len(self._table.present())
+
+    def _announce_drain(self, connection: HostConnection) -> None:
+        connection.on_idle = self._check_drain
+        if "drain" in connection.greeting.features:
+            assert self._drain_until is not None
+            left = max(0.0, self._drain_until - self._loop.time())
+            connection.send(encode({"type": "draining", "timeout": round(left, 3)}))
+
+    async def _wait_until(self, settled: Callable[[], bool], timeout: float) -> None:
+        self._settled, self._wake_drain = settled, self._loop.create_future()
+        self._check_drain()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake_drain, timeout)
+        self._settled = None
+
+    def _check_drain(self) -> None:
+        if self._settled is not None and self._wake_drain is not None and self._settled():
+            self._settled = None
+            if not self._wake_drain.done():
+                self._wake_drain.set_result(None)
+
+    def _is_written(self) -> bool:
+        return all(host.connection.is_idle for host in self._table.present())
+
+    def _is_settled(self) -> bool:
+        """Tell whether nobody waits for anything more: no run, no event on its way."""
+        acknowledged = all(not host.kept for host in self._table.present())
+        return acknowledged and not self._table.is_any_alive() and self._is_written()
+
+    async def close(self) -> None:
+        """Close every connection with 1001, obey nothing more."""
+        self._closed = True
+        self._settled = lambda: True
+        self._check_drain()
+        self._beat_alarm.stop()
+        self._away_alarm.stop()
+        for connection in (connections := list(self._connections)):
+            connection.on_idle = None
+        if connections:
+            await asyncio.wait([asyncio.create_task(each.close(1001)) for each in connections])
+
+
+def _is_heard(run: Run) -> bool:
+    """Tell whether a host is there and wants to hear of *run*."""
+    return run.owner.connection is not None and run.run_id not in run.owner.unconfirmed
+
+
+def _stopping(run: Run | RunTask, *, started: bool) -> bytes:
+    message = "The worker service is stopping; " + (
+        "the task had begun and was given up." if started else "the task was not begun."
+    )
+    return service_error(run.run_id, run.task_id, "WorkerStopping", message, retryable=True, started=started)

@@ -1,0 +1,81 @@
+"""Event frames that the worker service makes itself, as encoded messages.
+
+Owns: what they look like. Never: executes user code, never decides when one is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import payloads
+from ..frames import encode
+
+__all__ = ["cancelled_event", "error_event", "life_event", "plain_error", "service_error"]
+
+_MAX_ERROR_TEXT = 64 * 1024
+
+
+def error_event(
+    run_id: str,
+    task_id: str,
+    error: Mapping[str, Any],
+    exception: bytes | None = None,
+) -> bytes:
+    """Return a ``task_error`` message; *exception* is its base64 cloudpickle, if there is one."""
+    event: dict[str, Any] = {"type": "task_error", "run_id": run_id, "task_id": task_id}
+    if exception is not None:
+        event["exception_pickle"] = exception
+    event["error_pickle"] = payloads.encode_value(dict(error))
+    return encode(event)
+
+
+def service_error(
+    run_id: str,
+    task_id: str,
+    kind: str,
+    message: str,
+    *,
+    retryable: bool,
+    started: bool | None = None,
+) -> bytes:
+    """Return a ``task_error`` about a run that the service itself cannot finish.
+
+    Its ``error`` is plain JSON: a host acts on such errors and need not unpickle for that.
+    *started* says whether the task may have begun, None that this is not told.
+    """
+    error = plain_error(kind, message, "executor")
+    error["retryable"] = retryable
+    if started is not None:
+        error["started"] = started
+    return encode({"type": "task_error", "run_id": run_id, "task_id": task_id, "error": error})
+
+
+def cancelled_event(run_id: str, task_id: str) -> bytes:
+    """Return a ``task_cancelled`` message."""
+    return encode({"type": "task_cancelled", "run_id": run_id, "task_id": task_id})
+
+
+def life_event(run_id: str, task_id: str, *, started: bool) -> bytes:
+    """Return ``task_started``, or a ``heartbeat`` for a task that is still queued."""
+    kind = "task_started" if started else "heartbeat"
+    return encode({"type": kind, "run_id": run_id, "task_id": task_id})
+
+
+def plain_error(kind: str, message: str, source: str, *, text: str = "") -> dict[str, Any]:
+    """Return Wove's error dictionary, its texts bounded."""
+    return {
+        "kind": kind,
+        "message": _bounded(message),
+        "traceback": _bounded(text),
+        "retryable": False,
+        "source": source,
+        "adapter": "websocket",
+    }
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= _MAX_ERROR_TEXT:
+        return text
+    half = _MAX_ERROR_TEXT // 2
+    return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"

@@ -1,0 +1,69 @@
+"""Runs that their host has let go of, until some host of the same key takes them.
+
+Owns: which of them are alive, the ends that are kept and for how long. Never: a clock, a
+timer or a socket; nobody hears anything of a run that is here.
+"""
+
+from __future__ import annotations
+
+from .kept import Kept, KeptEvents
+from .runs import Run, RunTable
+
+__all__ = ["KEEP_SECONDS", "MAX_KEPT_BYTES", "Identity", "Shelf"]
+
+#: A host's key id and what it calls itself.
+Identity = tuple[str, str]
+
+#: How long, in seconds, the terminal event of a run that was let go is kept.
+KEEP_SECONDS = 15 * 60.0
+#: How many such events there are at most under one key.
+_MAX_KEPT = 1000
+#: What they, or the events that one host has not acknowledged, take at most.
+MAX_KEPT_BYTES = 64 * 1024 * 1024
+
+
+class Shelf:
+    """What was let go under one key id. It owns the runs as a host does, and never has a connection."""
+
+    connection = None
+    unconfirmed: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.runs = RunTable()
+        self._kept = KeptEvents(MAX_KEPT_BYTES, max_count=_MAX_KEPT)
+
+    def put(self, run: Run, origin: Identity) -> list[Run]:
+        """Take a live run from *origin*; return the runs whose place it takes, which are to be stopped."""
+        displaced = self.runs.get(run.run_id)
+        if displaced is not None:
+            self.runs.ended(displaced)
+        run.origin = origin
+        self.runs.adopt(run, self)
+        self._kept.pop(run.run_id)
+        return [] if displaced is None else [displaced]
+
+    def keep(self, run: Run, event: bytes, now: float) -> int:
+        """Keep the terminal event of a run; return how many older ones are lost by that."""
+        return self._kept.put(run, event, now)
+
+    def take(self, run_id: str, origin: Identity | None = None) -> Run | Kept | None:
+        """Give away a run, or its end, if it is here (and was put here by *origin*)."""
+        run = self.runs.get(run_id)
+        kept = None if run is not None else self._kept.get(run_id)
+        found = run or (kept and kept.run)
+        if found is None or (origin is not None and found.origin != origin):
+            return None
+        if run is not None:
+            self.runs.remove(run)
+        else:
+            self._kept.pop(run_id)
+        return run or kept
+
+    def next_at(self) -> float | None:
+        """Return the moment at which the next kept event expires, None if there is none."""
+        first = self._kept.first_since()
+        return None if first is None else first + KEEP_SECONDS
+
+    def expire(self, now: float) -> int:
+        """Drop what was kept long enough; return how much that was."""
+        return self._kept.drop_before(now - KEEP_SECONDS)
