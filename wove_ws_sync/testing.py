@@ -27,13 +27,16 @@ __all__ = ["LoopbackWorker", "ManualClock", "MemoryTransport", "close_links"]
 
 _SECRET_VARIABLE = "WOVE_WS_LOOPBACK_SECRET"
 _KEPT_LINES = 5000
+#: What a service that is told to stop at once may take for that, in seconds.
+_STOP_TIMEOUT = 5.0
 
 
 class LoopbackWorker:
     """Run a worker service in a subprocess on a free loopback port; a context manager.
 
     The service has this process's ``sys.path``, so that functions of test modules can be
-    imported there, and ends when this process does, however it ends.
+    imported there, and ends when this process does, however it ends. The end of the ``with``
+    block stops it at once, whatever it runs; ``stop()`` lets it finish first.
 
     ``workers`` is the number of its task threads, ``security`` whether it asks for a
     (fresh, random) secret, ``tls`` whether it speaks wss with a throw-away certificate,
@@ -86,7 +89,8 @@ class LoopbackWorker:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self._stop_at_once()
+        self._remove_certificates()
 
     @property
     def pid(self) -> int | None:
@@ -137,7 +141,7 @@ class LoopbackWorker:
         url = self._output.first_line(self._start_timeout)
         if not url:
             self.kill()
-            self.stop()
+            self._remove_certificates()
             last = "\n".join(self.log.splitlines()[-20:])
             raise RuntimeError(f"The loopback worker was not ready in {self._start_timeout} s:\n{last}")
         self.url = url
@@ -153,18 +157,16 @@ class LoopbackWorker:
         return command
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End the service by SIGTERM, by SIGKILL *timeout* seconds later. Harmless if it is not running."""
+        """End the service by SIGTERM, which lets it finish its runs, and by SIGKILL *timeout* seconds later.
+
+        The service gives its runs ``--drain-timeout`` seconds, 30 unless ``args`` say otherwise.
+        Harmless if it is not running.
+        """
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-            self._reap()
-        if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
+            self._wait_or_kill(timeout)
+        self._remove_certificates()
 
     def kill(self) -> None:
         """End the service by SIGKILL, as a crash does. Harmless if it is not running."""
@@ -173,11 +175,32 @@ class LoopbackWorker:
             self._reap()
 
     def restart(self) -> None:
-        """Start the service again on the same port, with the same secret; stop it first if it runs."""
-        directory, self._directory = self._directory, None  # stop() would remove the certificates
-        self.stop()
-        self._directory = directory
+        """Start the service again on the same port, with the same secret.
+
+        One that runs is stopped first, and its runs with it, as by the end of the ``with`` block.
+        """
+        self._stop_at_once()
         self.start()
+
+    def _stop_at_once(self) -> None:
+        """End the service without waiting for its runs, as its stdin closes when this process ends."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._wait_or_kill(_STOP_TIMEOUT)
+
+    def _wait_or_kill(self, timeout: float) -> None:
+        assert self._process is not None
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._reap()
+
+    def _remove_certificates(self) -> None:
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
 
     def _reap(self) -> None:
         process, self._process = self._process, None

@@ -21,6 +21,7 @@ from typing import Any
 import cloudpickle
 import pytest
 import wove
+from raw_host import RawHost, occupy, wait_until
 
 from wove_ws_sync.cli import main
 from wove_ws_sync.testing import LoopbackWorker
@@ -67,6 +68,15 @@ def started(
     finally:
         process.kill()
         process.communicate()
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    """Read stderr up to a line with *text*."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return
+    pytest.fail(f"the worker ended without {text!r}")
 
 
 def one_line(text: str) -> str:
@@ -209,6 +219,8 @@ class TestRefusals:
             (["--engine", "processes"], "this version has the engine 'threads'"),
             (["--workers", "0"], "--workers"),
             (["--port", "70000"], "--port"),
+            (["--drain-timeout", "-1"], "--drain-timeout"),
+            (["--drain-timeout", "nan"], "--drain-timeout"),
             (["--path", "wove"], "path must be"),
             (["--path", "/wove?x"], "path must be"),
             (["--security", "secret"], "'env:VARIABLE'"),
@@ -271,14 +283,48 @@ class TestStop:
             errors = process.communicate(timeout=PATIENCE)[1]
             assert process.returncode == 0 and "Traceback" not in errors
 
-    def test_a_task_that_never_ends_does_not_hold_it_up(self) -> None:
+    @pytest.mark.parametrize("how", ["SIGINT", "two SIGTERM", "no time to drain"])
+    def test_a_task_that_never_ends_does_not_hold_it_up(self, how: str) -> None:
         """Exit code 0 within a few seconds; stderr says that a task was left."""
-        with started() as process, busy(process.url):
+        arguments = ["--drain-timeout", "0"] if how == "no time to drain" else []
+        with started(*arguments) as process, busy(process.url):
             begin = time.monotonic()
-            process.terminate()
+            process.send_signal(signal.SIGINT if how == "SIGINT" else signal.SIGTERM)
+            if how == "two SIGTERM":
+                wait_for_line(process, "Draining for up to 30 s: 1 runs of 1 hosts")
+                process.terminate()
             errors = process.communicate(timeout=PATIENCE)[1]
             assert process.returncode == 0 and time.monotonic() - begin < 10
             assert "still runs in its thread" in errors
+
+    @pytest.mark.parametrize("how", ["SIGINT", "stdin"])
+    def test_a_drain_can_be_cut_short(self, how: str) -> None:
+        """By Ctrl-C, or by the end of stdin if that was asked for."""
+        with started("--until-stdin-closes") as process, busy(process.url):
+            process.terminate()
+            wait_for_line(process, "Draining")
+            if how == "SIGINT":
+                process.send_signal(signal.SIGINT)
+            else:
+                process.stdin.close()
+                process.stdin = None
+            assert process.wait(PATIENCE) == 0
+
+    def test_sigterm_lets_runs_end(self, tmp_path: Path) -> None:
+        """The result arrives, then the process ends with 0; the log has the begin and the end of it."""
+        gate = tmp_path / "gate"
+        with started() as process:
+            process.security = None
+            with RawHost(process) as host:
+                host.run(occupy(str(gate)))
+                host.wait(kind="task_started")
+                process.terminate()
+                wait_for_line(process, "Draining")
+                gate.touch()
+                assert host.result() is None
+                errors = process.communicate(timeout=PATIENCE)[1]
+            assert process.returncode == 0
+            assert "Drained: 0 runs were given up" in errors and "Traceback" not in errors
 
     def test_a_peer_in_the_middle_of_its_handshake_does_not_hold_it_up(self) -> None:
         """Half a request is not waited for."""
@@ -293,7 +339,7 @@ class TestStop:
                 assert "Traceback" not in errors
 
     def test_it_ends_with_stdin_if_asked_to(self) -> None:
-        """--until-stdin-closes: EOF is a stop like SIGTERM."""
+        """--until-stdin-closes: EOF is a stop at once."""
         with started("--until-stdin-closes") as process, busy(process.url):
             assert process.stdin is not None
             process.stdin.close()
@@ -354,6 +400,38 @@ class TestLoopbackWorker:
             os.kill(pid, 0)
         worker.stop()
         worker.kill()
+
+    def test_stop_lets_runs_end(self, tmp_path: Path) -> None:
+        """It is SIGTERM: the result of a run that takes its time still arrives."""
+        gate = tmp_path / "gate"
+        with LoopbackWorker() as worker, RawHost(worker) as host:
+            host.run(occupy(str(gate)))
+            host.wait(kind="task_started")
+            stopper = threading.Thread(target=worker.stop, args=(PATIENCE,))
+            stopper.start()
+            wait_until(lambda: "Draining" in worker.log)
+            gate.touch()
+            assert host.result() is None
+            stopper.join(PATIENCE)
+            assert worker.pid is None and "Drained: 0 runs" in worker.log
+
+    def test_stop_has_a_limit(self, tmp_path: Path) -> None:
+        """SIGKILL ends a worker that is not done by then."""
+        with LoopbackWorker() as worker, RawHost(worker) as host:
+            host.run(occupy(str(tmp_path / "never")))
+            host.wait(kind="task_started")
+            worker.stop(timeout=0.2)
+            assert worker.pid is None and "Drained" not in worker.log
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_its_block_does_not_wait_for_runs(self, tmp_path: Path, again: bool) -> None:
+        """The end of it stops at once, and so does ``restart()``: nothing is drained, nobody is killed."""
+        with LoopbackWorker() as worker, RawHost(worker) as host:
+            host.run(occupy(str(tmp_path / "never")))
+            host.wait(kind="task_started")
+            if again:
+                worker.restart()
+        assert "Stopped." in worker.log and "Drain" not in worker.log
 
     def test_secrets_are_fresh_and_can_be_left_out(self) -> None:
         """Two workers never share one; without security there is none."""

@@ -9,11 +9,13 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import ssl
 import sys
 import threading
+from collections.abc import Coroutine
 from typing import Any, NoReturn
 
 __all__ = ["register"]
@@ -31,8 +33,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "worker",
         help="run a worker service",
-        description="Run tasks for hosts. Prints its URL as the one line on stdout when it is ready; "
-        "SIGTERM or Ctrl-C stops it.",
+        description="Run tasks for hosts. Prints its URL as the one line on stdout when it is ready. "
+        "SIGTERM lets it finish what runs; Ctrl-C, or a second SIGTERM, stops it at once.",
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -46,9 +48,15 @@ def register(subparsers: Any) -> None:
     add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
     add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
     add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
+    add("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",
+        help="how long runs may take to end after SIGTERM (default: %(default)s)")  # fmt: skip
     add("--insecure", action="store_true", help="allow other machines without TLS and security")
     add("--log-level", choices=_LEVELS, default="info", help="what goes to stderr (default: %(default)s)")
-    add("--until-stdin-closes", action="store_true", help="stop when stdin ends, as it does with its parent")
+    add(
+        "--until-stdin-closes",
+        action="store_true",
+        help="stop at once when stdin ends, as it does with its parent",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -64,6 +72,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
     return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
+    return seconds
 
 
 def _engine(text: str) -> str:
@@ -122,8 +137,8 @@ async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) ->
     """Serve until a signal; return the exit code and whether nothing is left running."""
     from ..worker.service import WorkerService
 
-    stop = asyncio.Event()
-    _stop_on_signals(stop)
+    orders = _Orders(asyncio.get_running_loop())
+    orders.watch_signals()
     try:
         service = WorkerService(
             host=options.host,
@@ -146,9 +161,20 @@ async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) ->
         return _fail(str(exc), 1), True
     print(service.url, flush=True)
     if options.until_stdin_closes:
-        _stop_with_stdin(asyncio.get_running_loop(), stop)
-    await stop.wait()
+        orders.watch_stdin()
+    await orders.anything.wait()
+    if not orders.stop.is_set():
+        await _either(service.drain(options.drain_timeout), orders.stop.wait())
     return 0, await service.stop(_EXIT_TIMEOUT)
+
+
+async def _either(*awaitables: Coroutine[Any, Any, Any]) -> None:
+    """Wait until one of them is done, and cancel the others."""
+    tasks = [asyncio.create_task(awaitable) for awaitable in awaitables]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _fail(message: str, code: int) -> int:
@@ -174,24 +200,41 @@ def _ssl_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def _stop_on_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        try:
-            loop.add_signal_handler(number, stop.set)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+class _Orders:
+    """What the world outside wants of the service: first to drain, then, or at once, to stop."""
 
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.anything = asyncio.Event()
+        self.stop = asyncio.Event()
 
-def _stop_with_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    def watch() -> None:
+    def watch_signals(self) -> None:
+        """Take SIGTERM for an order to drain, a second one or SIGINT for one to stop."""
+        for number, order in ((signal.SIGTERM, self._terminate), (signal.SIGINT, self._stop)):
+            try:
+                self._loop.add_signal_handler(number, order)
+            except NotImplementedError:  # Windows
+                signal.signal(number, lambda *_, order=order: self._loop.call_soon_threadsafe(order))
+
+    def watch_stdin(self) -> None:
+        """Take the end of stdin for an order to stop."""
+        threading.Thread(target=self._read_stdin, name="wove-ws-stdin-0", daemon=True).start()
+
+    def _read_stdin(self) -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
         with contextlib.suppress(RuntimeError):  # the loop ended first
-            loop.call_soon_threadsafe(stop.set)
+            self._loop.call_soon_threadsafe(self._stop)
 
-    threading.Thread(target=watch, name="wove-ws-stdin-0", daemon=True).start()
+    def _terminate(self) -> None:
+        if self.anything.is_set():
+            self._stop()
+        self.anything.set()
+
+    def _stop(self) -> None:
+        self.stop.set()
+        self.anything.set()
 
 
 def _threads_ended() -> bool:
