@@ -1,4 +1,4 @@
-"""A peer that stands still, and a host that did: everybody keeps their deadlines (F9, F11)."""
+"""A peer that stands still, and a host that did: everybody keeps their deadlines."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def wait_running(future: Any) -> None:
         time.sleep(0.01)
 
 
-def test_delivery_timeout_covers_queue_and_send(worker: LoopbackWorker) -> None:
+def test_f11_delivery_timeout_covers_queue_and_send(worker: LoopbackWorker) -> None:
     """30 MB that nobody reads and a small run behind it: submit() and result() keep the deadline."""
     with pool_on(worker) as pool:
         assert pool.submit(add, 1, 1).result(WAIT) == 2
@@ -106,7 +106,7 @@ def test_delivery_timeout_covers_queue_and_send(worker: LoopbackWorker) -> None:
         assert the_link(worker).stats()["dials"] == 1
 
 
-def test_threads_behind_a_large_send_keep_their_deadlines(worker: LoopbackWorker) -> None:
+def test_f11_threads_behind_a_large_send_keep_their_deadlines(worker: LoopbackWorker) -> None:
     """While one thread sends without any limit, another one's submit() ends at its own deadline."""
     with pool_on(worker) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
         assert pool.submit(add, 1, 1).result(WAIT) == 2
@@ -127,7 +127,7 @@ def test_threads_behind_a_large_send_keep_their_deadlines(worker: LoopbackWorker
 
 
 @pytest.mark.parametrize("mode", ["best_effort", "require_ack"])
-def test_cancel_keeps_its_deadline(worker: LoopbackWorker, mode: str) -> None:
+def test_f11_f29_cancel_keeps_its_deadline(worker: LoopbackWorker, mode: str) -> None:
     """At once, or after cancel_ack_timeout without an answer; for sent, half-sent and queued runs."""
     with pool_on(worker, cancel_ack_timeout=1.0, delivery_cancel_mode=mode) as pool:
         running = pool.submit(forever)
@@ -162,7 +162,7 @@ def _ended(link: Link, run: Any) -> None:
     raise concurrent.futures.CancelledError
 
 
-def test_stop_of_the_sync_executor(worker: LoopbackWorker) -> None:
+def test_f11_stop_of_the_sync_executor(worker: LoopbackWorker) -> None:
     """stop() returns at once, whatever is stuck, ends the runs and frees who waits in send() and recv()."""
     executor = SyncWebSocketEnvironmentExecutor()
     config = {**worker.config, "ping_interval": 30.0, "pong_timeout": 30.0}
@@ -186,7 +186,7 @@ def test_stop_of_the_sync_executor(worker: LoopbackWorker) -> None:
         close_links()
 
 
-def test_close_links_keeps_close_timeout(worker: LoopbackWorker) -> None:
+def test_f11_close_links_keeps_close_timeout(worker: LoopbackWorker) -> None:
     """With several links whose peers stand still, all of them together."""
     pools = [pool_on(worker, close_timeout=1.0, idle_timeout=60.0 + number) for number in range(4)]
     futures = [pool.submit(forever) for pool in pools]
@@ -202,7 +202,7 @@ def test_close_links_keeps_close_timeout(worker: LoopbackWorker) -> None:
         pool.shutdown()
 
 
-def test_a_with_block_ends(worker: LoopbackWorker) -> None:
+def test_f11_a_with_block_ends(worker: LoopbackWorker) -> None:
     """shutdown(wait=True) waits for runs that end at their deadlines."""
     with within(3.0):
         with pool_on(worker, delivery_timeout=1.0) as pool:
@@ -220,7 +220,7 @@ def configure(worker: LoopbackWorker, **config: Any) -> None:
     )
 
 
-def test_a_weave_keeps_its_deadline(worker: LoopbackWorker) -> None:
+def test_f11_a_weave_keeps_its_deadline(worker: LoopbackWorker) -> None:
     """A large argument and small tasks in one weave: Wove's own error at the deadline, and the weave ends."""
     configure(worker, ping_interval=30.0, pong_timeout=30.0)
     with weave() as w:
@@ -251,7 +251,7 @@ def warm_up() -> int:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["idle", "full buffer"])
-def test_a_dead_peer_is_noticed_without_any_deadline(worker: LoopbackWorker, full: bool) -> None:
+def test_f9_a_dead_peer_is_noticed_without_any_deadline(worker: LoopbackWorker, full: bool) -> None:
     """ping_interval + pong_timeout after the last byte, with a full send buffer too; then all works again."""
     timing = {"ping_interval": 0.5, "pong_timeout": 0.5, "open_timeout": 1.0, "resume_window": 0.5}
     with pool_on(worker, **timing) as pool, concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -272,7 +272,7 @@ def test_a_dead_peer_is_noticed_without_any_deadline(worker: LoopbackWorker, ful
         assert the_link(worker).stats()["dials"] >= 2
 
 
-def test_a_weave_without_deadline_ends_when_the_peer_is_dead(worker: LoopbackWorker) -> None:
+def test_f9_a_weave_without_deadline_ends_when_the_peer_is_dead(worker: LoopbackWorker) -> None:
     """ConnectionLost out of the weave, and the next weave works on a new connection."""
     configure(worker, ping_interval=0.5, pong_timeout=0.5, resume_window=0.5, open_timeout=1.0)
     with weave() as w:
@@ -323,7 +323,7 @@ HOST = """
 
 
 @pytest.mark.parametrize("kind", ["futures", "weave"])
-def test_a_suspended_host_does_not_kill_a_healthy_run(worker: LoopbackWorker, kind: str) -> None:
+def test_f46_a_suspended_host_does_not_kill_a_healthy_run(worker: LoopbackWorker, kind: str) -> None:
     """Stopped for four seconds with a heartbeat of one: what arrived is read before it is judged."""
     secret = (worker.security or {})["secret"]
     process = subprocess.Popen(

@@ -123,7 +123,7 @@ ODD: list[Any] = [
 
 
 @every_face
-def test_odd_json_hurts_nobody(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_f20_f23_odd_json_hurts_nobody(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Valid JSON of the wrong shape, unknown types, runs and fields: ignored and counted, never a wedge."""
     caplog.set_level(logging.DEBUG, "wove_ws_sync")
     with face_on(kind, RUNS) as (face, connection, ids, _):
@@ -188,7 +188,7 @@ UNDECODABLE: dict[str, Any] = {
 @every_face
 @pytest.mark.parametrize("field", ["result", "exception", "error"])
 @pytest.mark.parametrize("payload", UNDECODABLE.values(), ids=UNDECODABLE)
-def test_what_cannot_be_unpickled_hurts_its_own_run(kind: str, field: str, payload: Any) -> None:
+def test_f21_what_cannot_be_unpickled_hurts_its_own_run(kind: str, field: str, payload: Any) -> None:
     """One PayloadError, which is Wove's EnvironmentExecutionError; 99 runs succeed."""
     with face_on(kind, RUNS) as (face, connection, ids, _):
         victim, *others = ids
@@ -220,7 +220,7 @@ def test_what_cannot_be_unpickled_hurts_its_own_run(kind: str, field: str, paylo
     ],
     ids=repr,
 )
-def test_what_must_not_be_raised_comes_wrapped(kind: str, raised: Any) -> None:
+def test_f22_what_must_not_be_raised_comes_wrapped(kind: str, raised: Any) -> None:
     """StopIteration, SystemExit and whatever is no exception arrive as EnvironmentExecutionError."""
     with face_on(kind, RUNS) as (face, connection, ids, _):
         victim, *others = ids
@@ -301,7 +301,7 @@ def test_exceptions_of_difficult_classes(kind: str, raised: BaseException) -> No
 
 
 @every_face
-def test_results_as_plain_json(kind: str) -> None:
+def test_f19_results_as_plain_json(kind: str) -> None:
     """A plain result is taken as it is, NaN and lone surrogates too; none at all is None."""
     values: list[Any] = [0, None, "ü\ud800", {"a": [1.5]}, [], False]
     with face_on(kind, len(values) + 2) as (face, connection, ids, _):
@@ -314,7 +314,7 @@ def test_results_as_plain_json(kind: str) -> None:
 
 
 @every_face
-def test_the_first_terminal_event_wins(kind: str) -> None:
+def test_f25_the_first_terminal_event_wins(kind: str) -> None:
     """Duplicates and contradictions are counted and dropped, and never unpickled."""
     with face_on(kind, RUNS) as (face, connection, ids, _):
         late = [
@@ -332,7 +332,7 @@ def test_the_first_terminal_event_wins(kind: str) -> None:
 
 
 @every_face
-def test_a_cancellation_that_nobody_asked_for(kind: str) -> None:
+def test_f26_a_cancellation_that_nobody_asked_for(kind: str) -> None:
     """It cancels the run, and no cancel_task is echoed."""
     with face_on(kind, RUNS) as (face, connection, ids, _):
         connection.say({"type": "task_cancelled", "run_id": ids[0]})
@@ -363,7 +363,7 @@ MALFORMED: dict[str, bytes] = {
 
 @every_face
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
-def test_what_is_no_json_text_ends_the_connection(kind: str, data: bytes) -> None:
+def test_f19_what_is_no_json_text_ends_the_connection(kind: str, data: bytes) -> None:
     """It may have been a terminal event: 1007, ConnectionLost for every run, and the next use dials again."""
     with face_on(kind, RUNS) as (face, connection, ids, worker):
         connection.say(result(ids[0], ids[0]))
@@ -480,7 +480,7 @@ class Slow:
         return _wait_at_the_gate, ()
 
 
-def test_a_slow_unpickling_hurts_only_who_asked() -> None:
+def test_f28_a_slow_unpickling_hurts_only_who_asked() -> None:
     """Other runs of the link end meanwhile, and a second asker of the same run keeps its own timeout."""
     _GATE.clear()
     with face_on("futures", RUNS) as (face, connection, ids, _):
@@ -502,7 +502,7 @@ def test_a_slow_unpickling_hurts_only_who_asked() -> None:
 
 
 @every_face
-def test_a_storm_of_events_for_unknown_runs(kind: str) -> None:
+def test_f24_a_storm_of_events_for_unknown_runs(kind: str) -> None:
     """Fifty thousand are counted and dropped; nothing is kept of them."""
     with face_on(kind, RUNS) as (face, connection, ids, _):
         for number in range(50):
@@ -566,7 +566,9 @@ class Shouting(logging.Handler):
 
 @every_face
 @pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
-def test_a_failing_log_handler_hurts_nobody(kind: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f38_a_failing_log_handler_hurts_nobody(
+    kind: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The records are lost; the runs are not, nor is the end of the connection."""
     logger = logging.getLogger("wove_ws_sync")
     handler = Shouting()

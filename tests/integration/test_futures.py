@@ -247,13 +247,13 @@ def test_delivery_timeout_of_a_view(pool: WebSocketExecutor, gate: Callable[[], 
 
 
 @pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), "5", True])
-def test_bad_delivery_settings_are_refused(pool: WebSocketExecutor, wrong: Any) -> None:
+def test_f30_bad_delivery_settings_are_refused(pool: WebSocketExecutor, wrong: Any) -> None:
     """Before anything is sent."""
     with pytest.raises((ValueError, TypeError), match="delivery_timeout"):
         pool.with_options(delivery_timeout=wrong)
 
 
-def test_what_cannot_be_pickled_fails_its_future_only(pool: WebSocketExecutor) -> None:
+def test_f31_what_cannot_be_pickled_fails_its_future_only(pool: WebSocketExecutor) -> None:
     """The link and the other runs go on, and the run leaves nothing behind."""
     future = pool.submit(len, threading.Lock())  # type: ignore[arg-type]
     with pytest.raises(TypeError):

@@ -82,7 +82,7 @@ def refused(script: Callable[[Peer], Any], **config: Any) -> BaseException:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_authentication_rejected(status: int) -> None:
+def test_f4_authentication_rejected(status: int) -> None:
     """401 and 403 are AuthenticationRejected, and a PermissionError, without the body in the text."""
     error = refused(answering(f"HTTP/1.1 {status} No", "Content-Length: 12", body=BODY.encode()))
     assert isinstance(error, AuthenticationRejected)
@@ -91,7 +91,7 @@ def test_authentication_rejected(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 404, 426, 429, 500, 503])
-def test_rejected(status: int) -> None:
+def test_f4_f5_rejected(status: int) -> None:
     """Any other status is HandshakeRejected with that status."""
     error = refused(answering(f"HTTP/1.1 {status} {BODY}", "Content-Length: 12", body=BODY.encode()))
     assert type(error) is HandshakeRejected
@@ -118,7 +118,7 @@ def in_twenty_seconds() -> str:
         ("-3", None, None),
     ],
 )
-def test_retry_after(value: Any, low: float | None, high: float | None) -> None:
+def test_f5_retry_after(value: Any, low: float | None, high: float | None) -> None:
     """Retry-After is seconds or an HTTP date, and at most a minute."""
     text = value() if callable(value) else value
     error = refused(answering("HTTP/1.1 503 Busy", f"Retry-After: {text}"))
@@ -131,7 +131,7 @@ def test_retry_after(value: Any, low: float | None, high: float | None) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirect_is_not_followed(status: int) -> None:
+def test_f6_redirect_is_not_followed(status: int) -> None:
     """A redirect, to the same host or another, is refused; nobody else hears from us."""
     with Listener(lambda peer: peer.sock.recv(1)) as elsewhere:
         for location in (f"ws://127.0.0.1:{elsewhere.port}/wove", "/other", "ws://worker.invalid/wove"):
@@ -143,7 +143,7 @@ def test_redirect_is_not_followed(status: int) -> None:
         assert elsewhere.accepted == 0
 
 
-def test_no_answer() -> None:
+def test_f1_no_answer() -> None:
     """A server that says nothing is a TimeoutError with Wove's text."""
     error = refused(lambda peer: peer.drain())
     assert type(error) is TimeoutError
@@ -164,13 +164,13 @@ def trickling(text: bytes) -> Callable[[Peer], None]:
     return script
 
 
-def test_slow_answer() -> None:
+def test_f2_slow_answer() -> None:
     """One byte every 200 ms does not move the deadline."""
     error = refused(trickling(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"))
     assert type(error) is TimeoutError
 
 
-def test_slow_body() -> None:
+def test_f2_f4_slow_body() -> None:
     """The body of a refusal is not waited for."""
     slow = trickling(b"x" * 20)
 
@@ -208,14 +208,14 @@ def flooding(start: bytes, piece: bytes, total: int) -> Callable[[Peer], None]:
     ],
     ids=["endless headers", "long line", "binary", "another protocol", "status", "header"],
 )
-def test_not_http(script: Callable[[Peer], None]) -> None:
+def test_f3_not_http(script: Callable[[Peer], None]) -> None:
     """What is not an HTTP response head, or has no end, is HandshakeRejected without a status."""
     error = refused(script)
     assert type(error) is HandshakeRejected
     assert error.status is None
 
 
-def test_huge_body_is_not_read() -> None:
+def test_f3_huge_body_is_not_read() -> None:
     """A refusal with 200 MB of body costs no memory and no time."""
     start = b"HTTP/1.1 401 No\r\nContent-Length: 200000000\r\n\r\n"
     tracemalloc.start()
@@ -244,7 +244,7 @@ def test_huge_body_is_not_read() -> None:
         "extension", "subprotocol",
     ],
 )  # fmt: skip
-def test_invalid_upgrade(script: Callable[[Peer], None]) -> None:
+def test_f7_invalid_upgrade(script: Callable[[Peer], None]) -> None:
     """A 101 that is no valid answer to this request is HandshakeRejected with status 101."""
     error = refused(script)
     assert type(error) is HandshakeRejected
@@ -296,7 +296,7 @@ class FullBacklog:
             sock.close()
 
 
-def test_no_syn_answer() -> None:
+def test_f1_no_syn_answer() -> None:
     """An address that does not answer at all is a TimeoutError at open_timeout."""
     with FullBacklog() as hole:
         started = time.monotonic()
@@ -314,7 +314,7 @@ def resolving_to(*addresses: tuple[str, int]) -> Resolver:
     return lambda host, port, **hints: [(*stream, address) for address in addresses]
 
 
-def test_second_address_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f39_second_address_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first address of a name drops everything, the second refuses, the third answers: connected."""
     with (
         FullBacklog() as hole,
@@ -328,7 +328,7 @@ def test_second_address_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
             assert listener.accepted == 1
 
 
-def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f39_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that does not resolve is a socket.gaierror that names it."""
 
     def unknown(host: str, port: int, **hints: Any) -> list[Any]:
@@ -340,7 +340,7 @@ def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.errno == socket.EAI_NONAME
 
 
-def test_stalled_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f39_stalled_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
     """A resolver that hangs does not move the deadline."""
     release = threading.Event()
 
@@ -423,7 +423,7 @@ def test_no_cookie_of_another_connection() -> None:
         jar.jar.clear()
 
 
-def test_trace_shows_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+def test_f43_trace_shows_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     """With the library's trace on, neither a header of ours nor its signature is logged."""
     logger = websocket._logging._logger
     with Listener(lambda peer: peer.upgrade().drain()) as listener:
@@ -478,7 +478,7 @@ def test_frames_right_behind_the_answer() -> None:
         assert [bytes(transport.recv()), bytes(transport.recv())] == [b"one", b"two"]
 
 
-def test_environment_proxies_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f43_environment_proxies_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy in the environment is not asked."""
     with Listener(lambda peer: None) as proxy, Listener(lambda peer: peer.upgrade().drain()) as listener:
         for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):

@@ -108,7 +108,7 @@ def test_an_argument_over_the_limit(worker: LoopbackWorker, narrow: LoopbackWork
 
 
 @pytest.mark.parametrize("limited", ["host", "worker"])
-def test_a_result_over_the_limit(worker: LoopbackWorker, narrow: LoopbackWorker, limited: str) -> None:
+def test_f27_a_result_over_the_limit(worker: LoopbackWorker, narrow: LoopbackWorker, limited: str) -> None:
     """What this host does not take, our worker does not send: one clear error of that run.
 
     The limit of a worker is on what it takes: a larger result may leave it.

@@ -112,7 +112,7 @@ def test_trusted(authority: Authority, host: str) -> None:
         assert transport.recv() == b"hello"
 
 
-def test_untrusted(authority: Authority) -> None:
+def test_f40_untrusted(authority: Authority) -> None:
     """A certificate of an unknown authority is an SSLCertVerificationError, and no request is sent."""
     requests: list[bytes] = []
     context = trustme.CA()
@@ -127,7 +127,7 @@ def test_untrusted(authority: Authority) -> None:
     assert requests == []
 
 
-def test_wrong_name(authority: Authority) -> None:
+def test_f40_wrong_name(authority: Authority) -> None:
     """A certificate for another name is refused; server_hostname says which name is right."""
     with Listener(hello, context=authority.server("worker.example")) as listener:
         error = refused(listener.port, ssl.SSLCertVerificationError, ca_file=authority.file)
@@ -139,7 +139,7 @@ def test_wrong_name(authority: Authority) -> None:
             assert transport.recv() == b"hello"
 
 
-def test_expired() -> None:
+def test_f40_expired() -> None:
     """A certificate that has expired is refused, and the error says so."""
     ca, server = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
@@ -163,7 +163,7 @@ def test_insecure(caplog: pytest.LogCaptureFixture) -> None:
     assert "not verified" in warned[0].getMessage()
 
 
-def test_key_log_is_announced(
+def test_f43_key_log_is_announced(
     authority: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """SSLKEYLOGFILE in the environment, which gives the session away, is named in the log."""
@@ -175,7 +175,7 @@ def test_key_log_is_announced(
         assert "SSLKEYLOGFILE" in caplog.text
 
 
-def test_authority_file_is_read_at_each_dial(authority: Authority, tmp_path: Path) -> None:
+def test_f40_authority_file_is_read_at_each_dial(authority: Authority, tmp_path: Path) -> None:
     """A rotated ca_file is picked up by the next dial."""
     rotated = tmp_path / "rotated.pem"
     trustme.CA().cert_pem.write_to_path(str(rotated))
@@ -192,7 +192,7 @@ def test_authority_file_is_read_at_each_dial(authority: Authority, tmp_path: Pat
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_client_certificate(authority: Authority, version: ssl.TLSVersion) -> None:
+def test_f40_client_certificate(authority: Authority, version: ssl.TLSVersion) -> None:
     """A worker that asks for a client certificate accepts ours; without one the error names the cause."""
     context = authority.server("127.0.0.1", verify=True)
     context.maximum_version = version
@@ -240,7 +240,7 @@ def test_files_that_cannot_be_used(authority: Authority, tmp_path: Path) -> None
 # -- broken servers ----------------------------------------------------------------------
 
 
-def test_old_tls(authority: Authority) -> None:
+def test_f40_old_tls(authority: Authority) -> None:
     """A server that knows TLS 1.1 only is refused."""
     context = authority.server("127.0.0.1")
     with warnings.catch_warnings():
@@ -266,7 +266,7 @@ def test_tls_server_behind_ws(authority: Authority) -> None:
 
 
 @pytest.mark.parametrize("start", [b"", b"\x16\x03\x03"], ids=["silent", "in the middle"])
-def test_no_answer(start: bytes) -> None:
+def test_f1_no_answer(start: bytes) -> None:
     """A TLS handshake that does not end is a TimeoutError at open_timeout."""
 
     def script(peer: Peer) -> None:
@@ -291,7 +291,7 @@ def test_closed_after_tls_handshake(authority: Authority) -> None:
         assert "client certificate" in str(error)
 
 
-def test_slow_answer_inside_tls(authority: Authority) -> None:
+def test_f2_slow_answer_inside_tls(authority: Authority) -> None:
     """One byte of the answer every 200 ms does not move the deadline, nor does silence."""
 
     def script(peer: Peer) -> None:
@@ -478,7 +478,7 @@ def duplex_server(authority: Authority) -> Iterator[int]:
 
 
 @pytest.mark.timeout(SOAK_SECONDS + 110)
-def test_full_duplex(authority: Authority) -> None:
+def test_f41_full_duplex(authority: Authority) -> None:
     """16 threads send while the server sends and changes its TLS keys: nothing lost, torn or out of order."""
     payload = duplex().payload
     stop = threading.Event()

@@ -182,7 +182,7 @@ def test_masks_differ(size: int) -> None:
         assert first != second
 
 
-def test_many_fragments_are_joined_fast() -> None:
+def test_f27_many_fragments_are_joined_fast() -> None:
     """16 MiB in fragments of 4 KiB, with pings between, take no quadratic time."""
     data = text_of(16 * MIB)
 
@@ -201,7 +201,7 @@ def test_many_fragments_are_joined_fast() -> None:
         assert time.monotonic() - started < 10.0
 
 
-def test_empty_fragments_cost_nothing() -> None:
+def test_f27_empty_fragments_cost_nothing() -> None:
     """Fragments without a payload do not pile up."""
     count = 200_000
 
@@ -271,7 +271,7 @@ LIMIT = 1000
         (frame(CLOSE, b"x" * 126), 1002),
     ],
 )
-def test_broken_rule(sent: bytes, code: int) -> None:
+def test_f27_broken_rule(sent: bytes, code: int) -> None:
     """What the protocol or the limit forbids ends the connection with its close code, without allocation."""
 
     def script(peer: Peer) -> int:
@@ -396,7 +396,7 @@ def test_failed_writer_leaves_what_has_arrived() -> None:
 @pytest.mark.parametrize(
     "start", [b"", b"\x81", claiming(MIB) + b"x" * 1000], ids=["between", "header", "payload"]
 )
-def test_lost(start: bytes, rst: bool) -> None:
+def test_f8_lost(start: bytes, rst: bool) -> None:
     """A connection that ends without a close frame has no code, wherever it ends, and is noticed at once."""
 
     def script(peer: Peer) -> None:
@@ -805,7 +805,7 @@ def test_idle_and_moments() -> None:
         assert reading.result(PATIENCE) == b"x" * 100_000
 
 
-def test_trickling_message_is_given_up() -> None:
+def test_f12_trickling_message_is_given_up() -> None:
     """A message that comes at less than 1 KiB/s is given up after 30 s; silence between messages is fine."""
     speed = 100.0
 
@@ -826,7 +826,7 @@ def test_trickling_message_is_given_up() -> None:
         assert 25.0 < (time.monotonic() - started) * speed < 150.0
 
 
-def test_slow_message_is_not_given_up() -> None:
+def test_f12_slow_message_is_not_given_up() -> None:
     """A message that takes long but makes progress is waited for."""
     speed = 100.0
     data = text_of(400_000)

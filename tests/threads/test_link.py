@@ -361,7 +361,7 @@ def test_requeue_delivers_again_and_says_so(make: Callable[..., Fixture]) -> Non
     assert fixture.link.stats()["requeues"] == 1
 
 
-def test_dials_back_off_and_honour_the_peers_wish(make: Callable[..., Fixture]) -> None:
+def test_f5_dials_back_off_and_honour_the_peers_wish(make: Callable[..., Fixture]) -> None:
     """0.1 s, 0.16 s ... without jitter here; Retry-After when it is longer; one dial for all."""
     fixture = make()
     fixture.link._reconnect._spread = lambda: 0.0
@@ -421,7 +421,7 @@ def test_without_a_deadline_hope_ends_with_the_resume_window(make: Callable[...,
     assert isinstance(fixture.next()["exception"], ConnectionRefusedError)
 
 
-def test_a_fatal_answer_ends_whoever_waits(make: Callable[..., Fixture]) -> None:
+def test_f4_a_fatal_answer_ends_whoever_waits(make: Callable[..., Fixture]) -> None:
     """401 after a loss: no dial loop."""
     fixture = make()
     fixture.submit("r1", delivery_orphan_policy="requeue", delivery_timeout=60.0)

@@ -705,8 +705,8 @@ def test_secrets_do_not_travel() -> None:
 
 @pytest.mark.parametrize("key", ["delivery_timeout", "delivery_heartbeat_seconds"])
 @pytest.mark.parametrize(("value", "kind"), [*NOT_SECONDS, (0, ValueError), (0.0, ValueError)])
-def test_delivery_times_are_positive_and_finite(key: str, value: Any, kind: type[Exception]) -> None:
-    """F30: what is no span of time is refused before anything is sent, however it comes."""
+def test_f30_delivery_times_are_positive_and_finite(key: str, value: Any, kind: type[Exception]) -> None:
+    """What is no span of time is refused before anything is sent, however it comes."""
     ways: list[Callable[..., Any]] = [
         DeliveryOptions,
         DeliveryOptions().replace,

@@ -173,7 +173,7 @@ def test_the_heartbeat_clock_starts_when_the_last_byte_left() -> None:
     assert delivered(runs.tick(5.5))
 
 
-def test_best_effort_cancel_ends_at_once() -> None:
+def test_f29_best_effort_cancel_ends_at_once() -> None:
     """cancel_task goes out, nobody waits, the late result is dropped."""
     runs = table()
     run = on_its_way(runs, make_run())
@@ -186,7 +186,7 @@ def test_best_effort_cancel_ends_at_once() -> None:
     assert runs.receive(event("task_result"), 2.0, 1) == []
 
 
-def test_require_ack_waits_for_the_worker() -> None:
+def test_f29_require_ack_waits_for_the_worker() -> None:
     """Under require_ack a run is cancelled only when the worker says so."""
     runs = table()
     run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack"))
@@ -197,7 +197,7 @@ def test_require_ack_waits_for_the_worker() -> None:
     assert ended["acknowledged"] is True
 
 
-def test_require_ack_lets_a_result_win() -> None:
+def test_f29_require_ack_lets_a_result_win() -> None:
     """A result that comes before the acknowledgement is the run's end."""
     runs = table()
     run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack"))
@@ -207,7 +207,7 @@ def test_require_ack_lets_a_result_win() -> None:
 
 
 @pytest.mark.parametrize(("delivery_timeout", "moment"), [(None, 11.0), (5.0, 5.0)])
-def test_require_ack_waits_no_longer_than_it_may(delivery_timeout: float | None, moment: float) -> None:
+def test_f29_require_ack_waits_no_longer_than_it_may(delivery_timeout: float | None, moment: float) -> None:
     """cancel_ack_timeout, or the run's deadline if that comes first."""
     runs = table()
     run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack", delivery_timeout=delivery_timeout))
@@ -221,7 +221,7 @@ def test_require_ack_waits_no_longer_than_it_may(delivery_timeout: float | None,
     ("answer", "acknowledged", "late"),
     [("task_cancelled", True, False), ("task_result", False, True), (None, False, False)],
 )
-def test_require_ack_after_a_timeout(answer: str | None, acknowledged: bool, late: bool) -> None:
+def test_f29_require_ack_after_a_timeout(answer: str | None, acknowledged: bool, late: bool) -> None:
     """The deadline is final; the error says what the worker answered to the cancel."""
     runs = table()
     on_its_way(runs, make_run(delivery_cancel_mode="require_ack", delivery_heartbeat_seconds=1.0))
