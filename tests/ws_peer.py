@@ -229,6 +229,26 @@ class Listener:
             sock.close()
 
 
+class FullBacklog:
+    """An address that drops every SYN: its queue of waiting connections is full."""
+
+    def __enter__(self) -> FullBacklog:
+        self._sockets = [socket.socket()]
+        self._sockets[0].bind(("127.0.0.1", 0))
+        self._sockets[0].listen(0)
+        self.address = self._sockets[0].getsockname()
+        for _ in range(8):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(self.address)
+            self._sockets.append(sock)
+        return self
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+
 def options_for(port: int, *, scheme: str = "ws", target: str = "/wove", **config: Any) -> LinkOptions:
     """Return checked options for a server of this test."""
     host = config.pop("host", "127.0.0.1")

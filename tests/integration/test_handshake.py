@@ -15,7 +15,18 @@ from typing import Any
 import pytest
 import websocket
 import wove
-from ws_peer import PATIENCE, TEXT, Listener, Peer, accept_for, dial_to, dialled, frame, options_for
+from ws_peer import (
+    PATIENCE,
+    TEXT,
+    FullBacklog,
+    Listener,
+    Peer,
+    accept_for,
+    dial_to,
+    dialled,
+    frame,
+    options_for,
+)
 
 from wove_ws_sync import AuthenticationRejected, HandshakeRejected
 from wove_ws_sync._wire import Wire
@@ -274,26 +285,6 @@ def test_refused() -> None:
         port = sock.getsockname()[1]
         with pytest.raises(ConnectionRefusedError, match=rf"127\.0\.0\.1:{port}"):
             dial_to(options_for(port))
-
-
-class FullBacklog:
-    """An address that drops every SYN: its queue of waiting connections is full."""
-
-    def __enter__(self) -> FullBacklog:
-        self._sockets = [socket.socket()]
-        self._sockets[0].bind(("127.0.0.1", 0))
-        self._sockets[0].listen(0)
-        self.address = self._sockets[0].getsockname()
-        for _ in range(8):
-            sock = socket.socket()
-            sock.setblocking(False)
-            sock.connect_ex(self.address)
-            self._sockets.append(sock)
-        return self
-
-    def __exit__(self, kind: object, exc: object, traceback: object) -> None:
-        for sock in self._sockets:
-            sock.close()
 
 
 def test_f1_no_syn_answer() -> None:

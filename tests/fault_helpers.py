@@ -1,0 +1,86 @@
+"""What the fault tests share: measures of this process, waits, and scripts in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wove_ws_sync import WebSocketExecutor
+from wove_ws_sync.link import Link
+
+# Only a failing test spends it, in seconds.
+WAIT = 60.0
+# What a machine under load may add to any deadline, in seconds.
+GRACE = 5.0
+MIB = 1024 * 1024
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def descriptors() -> int:
+    """Return how many descriptors this process holds."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def own_threads() -> list[str]:
+    """Return the names of the package's threads."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("wove-ws-"))
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail if the block takes longer than *seconds* and the grace."""
+    started = time.monotonic()
+    yield
+    took = time.monotonic() - started
+    assert took <= seconds + GRACE, f"took {took:.1f} s, {seconds} s were allowed"
+
+
+def until(condition: Callable[[], Any], timeout: float = WAIT) -> None:
+    """Wait until another thread or process has made *condition* true."""
+    ends_at, pause = time.monotonic() + timeout, threading.Event()
+    while not condition():
+        assert time.monotonic() < ends_at, "it did not come true"
+        pause.wait(0.005)
+
+
+def link_of(pool: WebSocketExecutor) -> Link:
+    """Return the link that *pool* uses."""
+    session = pool._core.session
+    assert session is not None
+    return session.link
+
+
+def python(
+    code: str,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    timeout: float = WAIT,
+) -> tuple[str, str, int]:
+    """Run *code* in a Python process with this one's search path; return output, errors and exit code."""
+    search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    with subprocess.Popen(
+        [*prefix, sys.executable, *flags, "-c", textwrap.dedent(code), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search_path, **(env or {})},
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return out, err, process.returncode
