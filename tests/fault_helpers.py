@@ -34,8 +34,9 @@ def descriptors() -> int:
 
 
 def own_threads() -> list[str]:
-    """Return the names of the package's threads."""
-    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("wove-ws-"))
+    """Return the names of the threads of this process's links."""
+    roles = ("wove-ws-reader-", "wove-ws-watchdog-", "wove-ws-resolver-")
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith(roles))
 
 
 @contextmanager
