@@ -43,6 +43,9 @@ class _Inbox:
         self._events: deque[dict[str, Any]] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        return len(self._events)
+
     def put(self, event: dict[str, Any]) -> None:
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():
@@ -95,6 +98,9 @@ class _Group:
 
     def sink(self, event: dict[str, Any]) -> None:
         """Take an event from one of the link's threads; many events make one wake-up."""
+        waiting = len(self._arrived) + max((len(inbox) for inbox in self.inboxes), default=0)
+        if self.session.drops(event, waiting):
+            return
         self._arrived.append(event)
         if not self._scheduled:
             self._scheduled = True

@@ -28,6 +28,8 @@ _all_links: weakref.WeakSet[Link] = weakref.WeakSet()
 # Guards both; held for look-ups only.
 _links_lock = threading.Lock()
 _exiting = False
+# So many events may wait for a receiver before those that can be spared are dropped.
+_MOST_WAITING = 10_000
 
 
 class Session:
@@ -88,6 +90,17 @@ class Session:
         run = self._run({**command, "delivery": delivery.as_frame({})}, delivery, sink, needs="resume")
         self.link.submit(run)
         return run
+
+    def drops(self, event: Mapping[str, Any], waiting: int) -> bool:
+        """Tell whether a receiver with so many events *waiting* does without this one, and count it.
+
+        What nobody takes must not fill the memory: log records and heartbeats, of which there may be
+        any number, are dropped beyond 10,000; a run has few other events.
+        """
+        if waiting < _MOST_WAITING or event["type"] not in ("log", "heartbeat"):
+            return False
+        self.link.count("dropped_backlog")
+        return True
 
     def decode(self, event: dict[str, Any]) -> dict[str, Any]:
         """Return *event* with its values unpickled in the calling thread; count what cannot be."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -91,7 +91,7 @@ class SyncWebSocketEnvironmentExecutor:
         kind = check_frame(frame)
         if kind == "run_task":
             delivery, encoded = frame_delivery(frame, self._defaults), payloads.encode_frame(frame)
-            session.submit(encoded, delivery, events.put)
+            session.submit(encoded, delivery, _bounded(session, events))
         elif kind == "cancel_task":
             session.cancel(frame["run_id"])
         else:
@@ -107,7 +107,8 @@ class SyncWebSocketEnvironmentExecutor:
         """
         with self._lock:
             session, events = self._started(), self._events
-        session.attach(run_id, DeliveryOptions.from_mapping({**self._defaults, **delivery}), events.put)
+        options = DeliveryOptions.from_mapping({**self._defaults, **delivery})
+        session.attach(run_id, options, _bounded(session, events))
 
     @property
     def link(self) -> Link | None:
@@ -150,6 +151,16 @@ class SyncWebSocketEnvironmentExecutor:
             raise RuntimeError(NOT_STARTED)
         session.check_process()
         return session
+
+
+def _bounded(session: Session, events: SimpleQueue[Any]) -> Callable[[dict[str, Any]], None]:
+    """Return a sink that puts into *events* what is not to be dropped."""
+
+    def put(event: dict[str, Any]) -> None:
+        if not session.drops(event, events.qsize()):
+            events.put(event)
+
+    return put
 
 
 def check_frame(frame: Mapping[str, Any]) -> str:

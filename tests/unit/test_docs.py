@@ -78,12 +78,38 @@ def test_options_have_the_unit_and_the_check_that_is_documented(key: str) -> Non
 
 
 def test_every_delivery_setting_is_documented() -> None:
-    """topics/delivery has a row with the default of each ``delivery_*`` setting."""
-    rows = {key: row[1] for key, row in _table("topics/delivery.md").items() if key.startswith("delivery_")}
+    """topics/delivery-semantics has a row with the default of each ``delivery_*`` setting."""
+    rows = {
+        key: row[1]
+        for key, row in _table("topics/delivery-semantics.md").items()
+        if key.startswith("delivery_")
+    }
     assert rows == {
         field.name: "none" if field.default is None else f'`"{field.default}"`'
         for field in dataclasses.fields(DeliveryOptions)
     }
+
+
+def test_every_counter_is_documented() -> None:
+    """reference/stats has every counter of a link, and none that nothing counts."""
+    host = [path for path in PACKAGE.rglob("*.py") if "worker" not in path.relative_to(PACKAGE).parts]
+    source = "".join(path.read_text(encoding="utf-8") for path in host)
+    counted = set(re.findall(r"counts\[\"(\w+)\"\] \+=", source)) | set(
+        re.findall(r"\.count\(\"(\w+)\"\)", source)
+    )
+    reasons = set(re.findall(r"dropped\[\"(\w+)\"\]", source)) | {"unknown_run", "stale", "shape", "run_id"}
+    now = {"runs", "sessions", "generation", "buffered_bytes"}
+    assert set(_table("reference/stats.md")) == counted | {f"dropped_{reason}" for reason in reasons} | now
+
+
+def test_every_fault_of_the_failure_modes_has_its_test() -> None:
+    """Each id that topics/failure-modes names is in the name of a test."""
+    page = (DOCS / "topics/failure-modes.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    tested = {
+        number for name in re.findall(r"def test((?:_f\d+)+)_", source) for number in name.split("_f")[1:]
+    }
+    assert set(re.findall(r"\bF(\d+)\b", page)) <= tested
 
 
 def test_every_error_is_documented() -> None:
