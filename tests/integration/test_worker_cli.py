@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -239,8 +240,12 @@ class TestTls:
     def test_client_certificates(self, tmp_path: Path) -> None:
         """With --tls-client-ca only a host with a certificate of that CA is heard."""
         import trustme
+        from websockets.asyncio.client import connect  # two threads at one TLS socket would be unsafe
         from websockets.exceptions import WebSocketException
-        from websockets.sync.client import connect
+
+        async def greet(url: str, context: ssl.SSLContext) -> None:
+            async with connect(url, ssl=context, proxy=None) as host:
+                await asyncio.wait_for(await host.ping(), PATIENCE)
 
         authority, stranger = trustme.CA(), trustme.CA()
         server = authority.issue_cert("localhost", "127.0.0.1")
@@ -256,8 +261,7 @@ class TestTls:
                 if issuer is not None:
                     issuer.issue_cert("host@example.org").configure_cert(context)
                 try:
-                    with connect(process.url, ssl=context, proxy=None) as host:
-                        host.ping().wait(PATIENCE)
+                    asyncio.run(greet(process.url, context))
                 except (ssl.SSLError, ConnectionError, EOFError, WebSocketException):
                     assert not welcome
                 else:

@@ -15,7 +15,6 @@ import signal
 import ssl
 import sys
 import threading
-from collections.abc import Coroutine
 from typing import Any, NoReturn
 
 __all__ = ["register"]
@@ -163,18 +162,17 @@ async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) ->
     if options.until_stdin_closes:
         orders.watch_stdin()
     await orders.anything.wait()
-    if not orders.stop.is_set():
-        await _either(service.drain(options.drain_timeout), orders.stop.wait())
+    if orders.stop.is_set():
+        return 0, await service.stop(_EXIT_TIMEOUT)
+    drain = asyncio.create_task(service.drain(options.drain_timeout))
+    stopped = asyncio.create_task(orders.stop.wait())
+    await asyncio.wait([drain, stopped], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if drain.done():
+        return 0, drain.result()
+    drain.cancel()
+    await asyncio.wait([drain])
     return 0, await service.stop(_EXIT_TIMEOUT)
-
-
-async def _either(*awaitables: Coroutine[Any, Any, Any]) -> None:
-    """Wait until one of them is done, and cancel the others."""
-    tasks = [asyncio.create_task(awaitable) for awaitable in awaitables]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _fail(message: str, code: int) -> int:

@@ -108,7 +108,7 @@ class HostConnection:
     async def close(self, code: int) -> None:
         """Close, and break the connection if the peer has not answered that in time."""
         try:
-            await asyncio.wait_for(self._socket.close(code), 2 * CLOSE_TIMEOUT)
+            await asyncio.wait_for(self._socket.close(code), CLOSE_TIMEOUT + 0.5)
         except TimeoutError:  # it waits behind a message that the peer does not read
             self._socket.transport.abort()
 

@@ -39,6 +39,7 @@ from .jobs import Job
 from .kept import Kept
 from .outbox import Outbox
 from .runs import BeatSchedule, Run, RunState, Stopped
+from .shelf import Shelf
 
 __all__ = ["Dispatcher"]
 
@@ -238,8 +239,8 @@ class Dispatcher:
         lost = run.owner.keep(run, event, self._loop.time())
         if lost:
             self._counters["dropped_result"] += lost
-        if run.owner.connection is None:
-            self._away_alarm.arm()
+        if isinstance(run.owner, Shelf):
+            self._away_alarm.arm()  # it will expire
         self._tell_end(run, event)
         if self._settled is not None:
             self._check_drain()
@@ -281,7 +282,6 @@ class Dispatcher:
         """Take no new runs and wait for those that there are; return how many had to be given up."""
         self._drain_until = self._loop.time() + timeout
         for connection in self._connections:
-            connection.on_idle = self._check_drain
             self._announce_drain(connection)
         await self._wait_until(self._is_settled, timeout)
         left = self._table.live_runs()
@@ -291,7 +291,7 @@ class Dispatcher:
             run.job = None
             run.owner.runs.ended(run)
             self._end(run, _stopping(run, started=stopped is not Stopped.WITHDRAWN))
-        if left:
+        if left and not self._closed:
             await self._wait_until(self._is_written, _FLUSH_TIMEOUT)
         return len(left)
 
@@ -300,6 +300,7 @@ class Dispatcher:
         return len(self._table.live_runs()), len(self._table.present())
 
     def _announce_drain(self, connection: HostConnection) -> None:
+        """Tell the host, if it knows of draining, and have its connection say when it is idle."""
         connection.on_idle = self._check_drain
         if "drain" in connection.greeting.features:
             assert self._drain_until is not None

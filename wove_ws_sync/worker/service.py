@@ -205,17 +205,19 @@ class WorkerService:
         Calling it again is harmless.
         """
         server, self._server = self._server, None
-        self._ended.set()
-        if server is not None and self._dispatcher is not None:
+        if server is None or self._dispatcher is None:
+            return await asyncio.to_thread(self._engine.close, timeout)
+        try:
             server.close(close_connections=False)  # those in their handshake are refused by it
             await self._dispatcher.close()
             # A peer in the middle of its handshake is not waited for.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(server.wait_closed()), CLOSE_TIMEOUT + 0.5)
             logs.uninstall()
-        clean = await asyncio.to_thread(self._engine.close, timeout)
-        if server is not None:
-            _logger.info("Stopped.")
+            clean = await asyncio.to_thread(self._engine.close, timeout)
+        finally:
+            self._ended.set()
+        _logger.info("Stopped.")
         return clean
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
