@@ -7,6 +7,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wove_ws_sync.worker import hosts as hosts_module
 from wove_ws_sync.worker.commands import AttachTask, Resume, RunTask
@@ -14,6 +16,7 @@ from wove_ws_sync.worker.greeting import Greeting
 from wove_ws_sync.worker.hosts import Host, HostTable
 from wove_ws_sync.worker.kept import Kept, KeptEvents
 from wove_ws_sync.worker.runs import BeatSchedule, Run, RunState, RunTable
+from wove_ws_sync.worker.shelf import Shelf
 
 FULL = ("resume", "ack", "drain")
 POLICIES = ("fail", "cancel", "requeue", "detach")
@@ -341,6 +344,69 @@ class TestDetach:
         assert host.attach(attach("r"), 1.0) is second
 
 
+ACTIONS = ("enter", "leave", "run", "end", "let go", "attach", "resume", "ack", "goodbye", "time")
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["enter", "leave", "run", "end", "let go", "attach", "resume", "ack", "goodbye", "time"]
+        ),
+        st.integers(0, 1),
+        st.integers(0, 3),
+        st.sampled_from(POLICIES),
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS)
+@settings(max_examples=300, deadline=None)
+def test_every_run_is_in_one_place_whatever_happens(steps: list[tuple[str, int, int, str]]) -> None:
+    """Alive with one owner, or ended with at most one kept end; what is to be stopped has ended."""
+    service, now, runs = Service(), 0.0, list[Run]()
+    for action, who, which, policy in steps:
+        name, run_id = "ab"[who] * 32, f"r{which}"
+        host = service.table._named.get(("key", name))
+        stopped: list[Run] = []
+        if action == "time":
+            now += (3.0, 15.0, 500.0, 1000.0)[which]
+            stopped = service.table.due(now)
+        elif action == "enter":
+            stopped = service.table.enter("key", greeting(name), f"connection {now}", now)[2]
+        elif host is None or host.connection is None:
+            continue
+        elif action == "leave":
+            stopped = service.table.leave(host, now)
+        elif action == "run" and host.find(run_id, now) is None:
+            runs.append(service.run(host, run_id, policy))
+        elif action == "end":
+            alive = [run for run in runs if run.state is not RunState.ENDED]
+            if alive:
+                service.end(alive[which % len(alive)], now)
+        elif action == "let go":
+            stopped = host.let_go(run_id, now) or []
+        elif action == "attach":
+            host.attach(attach(run_id, policy=policy), now)
+        elif action == "resume":
+            stopped = host.resume(Resume((run_id,), which == 3), now).stopped
+        elif action == "ack" and host.kept is not None:
+            host.kept.pop(run_id)
+        elif action == "goodbye":
+            host.leaving = True
+        assert all(run.state is RunState.ENDED for run in stopped)
+        alive = [run for run in runs if run.state is not RunState.ENDED]
+        assert sorted(map(id, alive)) == sorted(map(id, service.table.live_runs()))
+        for run in alive:
+            assert run.owner.runs.get(run.run_id) is run
+        for owner in service.table._owners():
+            kept = owner._kept if isinstance(owner, Shelf) else owner.kept
+            for run_id in kept or ():
+                entry = kept and kept.get(run_id)
+                assert entry and entry.run.owner is owner and entry.run.state is RunState.ENDED
+                assert owner.runs.get(run_id) is None
+        moment = service.table.next_at()
+        assert moment is None or moment >= 0.0
+
+
 class TestKeptEvents:
     """The bounds of what is kept."""
 
@@ -350,12 +416,22 @@ class TestKeptEvents:
         assert run is not None
         return run
 
+    @pytest.fixture(autouse=True)
+    def counters(self) -> None:
+        self.lost: Counter[str] = Counter()
+
+    def keeping(self, max_bytes: int, stub: bytes | None = None) -> KeptEvents:
+        return KeptEvents(max_bytes, self.lost, stub=None if stub is None else lambda run: stub)
+
     def put(self, kept: KeptEvents, run_id: str, size: int) -> int:
-        return kept.put(self.run(run_id), b"x" * size, 0.0)
+        """Return how many events have lost their content for this one."""
+        before = self.lost["dropped_result"]
+        kept.put(self.run(run_id), b"x" * size, 0.0)
+        return self.lost["dropped_result"] - before
 
     def test_the_newest_does_not_count(self) -> None:
         """One event larger than the bound is kept until the next one comes."""
-        kept = KeptEvents(100, stub=lambda run: b"stub")
+        kept = self.keeping(100, b"stub")
         assert self.put(kept, "large", 5000) == 0
         large = kept.get("large")
         assert large is not None and len(large.event) == 5000
@@ -364,7 +440,7 @@ class TestKeptEvents:
 
     def test_the_oldest_are_replaced_first(self) -> None:
         """As many as it takes; what is replaced or acknowledged makes room."""
-        kept = KeptEvents(110, stub=lambda run: b"stub")
+        kept = self.keeping(110, b"stub")
         assert [self.put(kept, name, 50) for name in "abc"] == [0, 0, 0]
         assert self.put(kept, "d", 50) == 1
         assert kept.pop("b") is not None
@@ -375,21 +451,21 @@ class TestKeptEvents:
 
     def test_stubs_are_bounded_as_well(self) -> None:
         """When only stubs are left, the oldest of them are dropped, and that is remembered."""
-        kept = KeptEvents(100, stub=lambda run: b"x" * 30)
+        kept = self.keeping(100, b"x" * 30)
         for number in range(20):
             self.put(kept, str(number), 1000)
         assert list(kept) == ["16", "17", "18", "19"] and kept.incomplete
 
     def test_tiny_events_are_dropped_and_not_made_larger(self) -> None:
         """A stub that needs more room than the event is no help."""
-        kept = KeptEvents(100, stub=lambda run: b"x" * 30)
+        kept = self.keeping(100, b"x" * 30)
         for number in range(20):
             self.put(kept, str(number), 10)
         assert len(kept) == 11 and kept.incomplete
 
     def test_an_event_that_is_put_again_counts_once(self) -> None:
         """It is the newest then."""
-        kept = KeptEvents(100)
+        kept = self.keeping(100)
         for _ in range(10):
             self.put(kept, "r", 60)
             self.put(kept, "s", 30)
@@ -397,7 +473,7 @@ class TestKeptEvents:
 
     def test_many_can_be_forgotten_and_replaced_quickly(self) -> None:
         """100,000 events over the bound, acknowledged from the front: no search from the front each time."""
-        kept = KeptEvents(50_000 * 100)
+        kept = self.keeping(50_000 * 100)
         for number in range(100_000):
             self.put(kept, str(number), 100)
         assert len(kept) == 50_001

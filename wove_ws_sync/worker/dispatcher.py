@@ -236,9 +236,7 @@ class Dispatcher:
 
     def _end(self, run: Run, event: bytes) -> None:
         """Keep the terminal event of a run that has just ended, and tell its host."""
-        lost = run.owner.keep(run, event, self._loop.time())
-        if lost:
-            self._counters["dropped_result"] += lost
+        run.owner.keep(run, event, self._loop.time())
         if isinstance(run.owner, Shelf):
             self._away_alarm.arm()  # it will expire
         self._tell_end(run, event)

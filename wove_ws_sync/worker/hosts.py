@@ -47,11 +47,11 @@ class Host:
     hears nothing of them. ``leaving`` is set once it said ``shutdown``.
     """
 
-    def __init__(self, identity: Identity | None, *, keeps: bool, shelf: Shelf | None) -> None:
+    def __init__(self, identity: Identity | None, kept: KeptEvents | None, shelf: Shelf | None) -> None:
         self.identity = identity
         self.connection: Any = None
         self.runs = RunTable()
-        self.kept = KeptEvents(MAX_KEPT_BYTES, stub=_result_dropped) if keeps else None
+        self.kept = kept
         self.unconfirmed: set[str] = set()
         self.leaving = False
         self.window = 0.0
@@ -90,9 +90,10 @@ class Host:
             self.kept is not None and self.kept.get(run_id) is not None
         )
 
-    def keep(self, run: Run, event: bytes, now: float) -> int:
-        """Keep the end of a run until it is acknowledged; return how many older ones are lost by that."""
-        return 0 if self.kept is None else self.kept.put(run, event, now)
+    def keep(self, run: Run, event: bytes, now: float) -> None:
+        """Keep the terminal event of a run until it is acknowledged, if this host acknowledges."""
+        if self.kept is not None:
+            self.kept.put(run, event, now)
 
     def resume(self, command: Resume, now: float) -> Resumed:
         """Say what is known of the runs that are listed; after the last list the others end."""
@@ -242,14 +243,21 @@ class HostTable:
             before = None
         familiar = host is not None
         if host is None:
-            shelf = None if identity is None else self._shelves.setdefault(key, Shelf())
-            host = Host(identity, keeps="ack" in greeting.features, shelf=shelf)
+            host = self._new_host(identity, greeting)
         before = host.enter(connection, greeting.window, familiar=familiar) or before
         self._present.add(host)
         if identity is not None:
             self._named[identity] = host
             self._away.pop(identity, None)
         return host, before, stopped
+
+    def _new_host(self, identity: Identity | None, greeting: Greeting) -> Host:
+        kept = shelf = None
+        if "ack" in greeting.features:
+            kept = KeptEvents(MAX_KEPT_BYTES, self._counters, stub=_result_dropped)
+        if identity is not None:
+            shelf = self._shelves.setdefault(identity[0], Shelf(self._counters))
+        return Host(identity, kept, shelf)
 
     def leave(self, host: Host, now: float) -> list[Run]:
         """Note that the connection of *host* is gone: it is away, or forgotten."""

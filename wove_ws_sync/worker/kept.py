@@ -7,6 +7,7 @@ clock or a timer; ``now`` is an argument.
 from __future__ import annotations
 
 import collections
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -28,17 +29,20 @@ class KeptEvents:
 
     At most *max_bytes* of them and at most *max_count*, where the newest never counts: a
     single result larger than that is kept. What has to make room is replaced by what
-    *stub* makes of its run, if there is a *stub* and that is smaller, and dropped otherwise.
+    *stub* makes of its run, if there is a *stub* and that is smaller, and dropped otherwise;
+    *counters* counts both as "dropped_result".
     """
 
     def __init__(
         self,
         max_bytes: int,
+        counters: Counter[str],
         *,
         max_count: int | None = None,
         stub: Callable[[Run], bytes] | None = None,
     ) -> None:
         self._max_bytes = max_bytes
+        self._counters = counters
         self._max_count = max_count
         self._stub = stub
         # An OrderedDict finds its first entry at once, also when many before it are gone.
@@ -65,15 +69,13 @@ class KeptEvents:
             self._bytes -= len(kept.event)
         return kept
 
-    def put(self, run: Run, event: bytes, now: float) -> int:
-        """Keep *event*; return how many older ones lost their content for it."""
+    def put(self, run: Run, event: bytes, now: float) -> None:
+        """Keep *event*; older ones make room for it if need be."""
         self.pop(run.run_id)
         self._whole[run.run_id] = Kept(run, event, now)
         self._bytes += len(event)
-        lost = 0
         while self._is_over(len(event)):
-            lost += self._make_room()
-        return lost
+            self._make_room()
 
     def first_since(self) -> float | None:
         """Return since when the oldest event is here, None if there is none."""
@@ -91,12 +93,13 @@ class KeptEvents:
         too_many = self._max_count is not None and len(self) > self._max_count
         return too_many or self._bytes - newest > self._max_bytes
 
-    def _make_room(self) -> int:
-        """Shorten or drop the oldest event; return whether one lost its content."""
+    def _make_room(self) -> None:
+        """Replace or drop the oldest event."""
         if len(self._whole) == 1:  # only the newest is whole: its elders' stubs have to go
             self._bytes -= len(self._stubs.popitem(last=False)[1].event)
             self.incomplete = True
-            return 0
+            return
+        self._counters["dropped_result"] += 1
         run_id, kept = self._whole.popitem(last=False)
         self._bytes -= len(kept.event)
         stub = b"" if self._stub is None else self._stub(kept.run)
@@ -105,4 +108,3 @@ class KeptEvents:
             self._bytes += len(stub)
         else:
             self.incomplete = True
-        return 1

@@ -6,6 +6,8 @@ timer or a socket; nobody hears anything of a run that is here.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from .kept import Kept, KeptEvents
 from .runs import Run, RunTable
 
@@ -28,9 +30,9 @@ class Shelf:
     connection = None
     unconfirmed: frozenset[str] = frozenset()
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Counter[str]) -> None:
         self.runs = RunTable()
-        self._kept = KeptEvents(MAX_KEPT_BYTES, max_count=_MAX_KEPT)
+        self._kept = KeptEvents(MAX_KEPT_BYTES, counters, max_count=_MAX_KEPT)
 
     def put(self, run: Run, origin: Identity) -> list[Run]:
         """Take a live run from *origin*; return the runs whose place it takes, which are to be stopped."""
@@ -42,9 +44,9 @@ class Shelf:
         self._kept.pop(run.run_id)
         return [] if displaced is None else [displaced]
 
-    def keep(self, run: Run, event: bytes, now: float) -> int:
-        """Keep the terminal event of a run; return how many older ones are lost by that."""
-        return self._kept.put(run, event, now)
+    def keep(self, run: Run, event: bytes, now: float) -> None:
+        """Keep the terminal event of a run."""
+        self._kept.put(run, event, now)
 
     def take(self, run_id: str, origin: Identity | None = None) -> Run | Kept | None:
         """Give away a run, or its end, if it is here (and was put here by *origin*)."""
