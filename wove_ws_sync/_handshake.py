@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import websocket
 
-from ._route import place
+from ._route import place, warn
 from ._wire import NotHTTP, Wire
 from .errors import AuthenticationRejected, HandshakeRejected
 from .options import LinkOptions, check_header
@@ -53,6 +53,8 @@ def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Ans
     """
     for name, value in headers.items():
         check_header(name, value)
+    if websocket.isEnabledForTrace():
+        warn("websocket.enableTrace(True) was called: what passes through websocket-client is logged")
     key = base64.b64encode(os.urandom(16)).decode()
     seam = _Seam(wire, options, headers, key)
     ws = websocket.WebSocket(enable_multithread=False, skip_utf8_validation=True)

@@ -8,6 +8,7 @@ environment's proxies are ignored.
 from __future__ import annotations
 
 import base64
+import contextlib
 import ipaddress
 import itertools
 import logging
@@ -25,7 +26,7 @@ from ._wire import NotHTTP, Wire
 from .options import LinkOptions
 from .timing import Clock, Deadline
 
-__all__ = ["connect", "place", "tls_context"]
+__all__ = ["connect", "place", "tls_context", "warn"]
 
 _log = logging.getLogger("wove_ws_sync.host")
 _numbers = itertools.count(1)
@@ -40,6 +41,12 @@ def place(options: LinkOptions) -> str:
 
 def _host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def warn(text: str, *args: object) -> None:
+    """Log a warning about a dial; a handler that fails must not fail the dial."""
+    with contextlib.suppress(Exception):
+        _log.warning(text, *args, stacklevel=2)
 
 
 def connect(options: LinkOptions, context: ssl.SSLContext | None, deadline: Deadline, clock: Clock) -> Wire:
@@ -168,7 +175,7 @@ def tls_context(options: LinkOptions) -> ssl.SSLContext | None:
     if not options.secure:
         return None
     if os.environ.get("SSLKEYLOGFILE"):
-        _log.warning("SSLKEYLOGFILE is set: the TLS keys of this connection are written to a file")
+        warn("SSLKEYLOGFILE is set: the TLS keys of this connection are written to a file")
     ca_file = options.ca_file
     context: ssl.SSLContext = _load("ca_file", ca_file, ssl.create_default_context, cafile=ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -185,7 +192,7 @@ def tls_context(options: LinkOptions) -> ssl.SSLContext | None:
             password=str,  # an encrypted key is an error, never a prompt on the terminal
         )
     if options.insecure:
-        _log.warning("executor_config.insecure=True: the certificate of %s is not verified", place(options))
+        warn("executor_config.insecure=True: the certificate of %s is not verified", place(options))
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context

@@ -6,6 +6,7 @@ that are refused in ``tests/integration/test_tls.py``.
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
 import subprocess
@@ -239,3 +240,27 @@ def test_f40_certificates_rotated_under_a_live_connection(tmp_path: Path) -> Non
             with dialled(options) as second:
                 exchange(second, b"after")
                 exchange(first, b"both")
+
+
+class Shouting(logging.Handler):
+    """A handler that raises, as one on a full disk may."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_f38_a_warning_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A dial that has something to warn of does not fail when the log does."""
+    context, handler, logger = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), Shouting(), logging.getLogger()
+    trustme.CA().issue_cert("elsewhere.example").configure_cert(context)
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
+    with Listener(echo, context=context) as listener:
+        logger.addHandler(handler)
+        try:
+            with dialled(options_for(listener.port, scheme="wss", insecure=True)) as transport:
+                exchange(transport, b"hello")
+        finally:
+            logger.removeHandler(handler)
+    assert "SSLKEYLOGFILE" in caplog.text and "not verified" in caplog.text
