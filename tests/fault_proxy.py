@@ -239,6 +239,15 @@ class FaultProxy:
         with self._changed:
             return [passage for passage in self.passages if passage.open]
 
+    def passed(self, number: int = 0) -> tuple[int, int]:
+        """Return how many bytes of connection *number* have passed, up and down.
+
+        Exact, as what was sent is counted before the lock is given back.
+        """
+        with self._changed:
+            passage = self.passages[number]
+            return passage.up.passed, passage.down.passed
+
     def wait_for(self, condition: Callable[[], Any], timeout: float = PATIENCE) -> None:
         """Wait until *condition*, which may look at the counters, is true."""
         ends_at = time.monotonic() + timeout

@@ -32,7 +32,7 @@ from wove_ws_sync._wire import Wire
 from wove_ws_sync.link import LinkState
 
 BODY = "planted-body"
-OPEN_TIMEOUT = 2.0
+OPEN_TIMEOUT = 1.5
 
 
 def silent(peer: Peer) -> None:

@@ -26,7 +26,7 @@ def turned(data: bytes) -> bytes:
 @pytest.mark.timeout(SECONDS + 120)
 @pytest.mark.parametrize(
     "seconds",
-    [3.0, pytest.param(SECONDS, marks=[pytest.mark.slow, pytest.mark.soak])],
+    [2.0, pytest.param(SECONDS, marks=[pytest.mark.slow, pytest.mark.soak])],
     ids=["short", "long"],
 )
 def test_f41_no_connection_is_lost_without_a_cause(seconds: float) -> None:
