@@ -82,7 +82,7 @@ def test_f32_the_workers_clock_jumps(clock: WallClock, hours: int) -> None:
     """Heartbeats and results go on; a new handshake is refused, and the worker's log says by how much."""
     jump = hours * 3600.0
     with LoopbackWorker(workers=4, env=clock.env) as worker:
-        watched = {"delivery_heartbeat_seconds": 1.0, "delivery_timeout": WAIT}
+        watched = {"delivery_heartbeat_seconds": 1.5, "delivery_timeout": WAIT}
         with WebSocketExecutor(**worker.config, **watched) as pool:
             assert abs(pool.submit(time.time).result(WAIT) - time.time()) < 60
             future = pool.submit(nap, 2.0)
@@ -105,7 +105,7 @@ HOST = """
 
     url, secret = sys.argv[1:]
     config = {"url": url, "security": {"type": "signed", "secret": secret}}
-    watched = {"delivery_heartbeat_seconds": 1.0, "delivery_timeout": 20.0}
+    watched = {"delivery_heartbeat_seconds": 1.5, "delivery_timeout": 20.0}
 
     def nap(seconds):
         import threading
