@@ -161,7 +161,7 @@ upgrade_required = pytest.mark.xfail(reason="426 is not among the final answers 
 def test_f4_f6_f7_a_final_answer_is_not_asked_for_twice(status: int, lines: list[str]) -> None:
     """Every run hears it at once, also those that have time left; no second dial, no body in the text."""
     with Listener(answering(*lines)) as listener:
-        with WebSocketExecutor(f"ws://127.0.0.1:{listener.port}/wove", delivery_timeout=3.0) as pool:
+        with WebSocketExecutor(f"ws://127.0.0.1:{listener.port}/wove", delivery_timeout=2.0) as pool:
             futures = [pool.submit(task), pool.with_options(delivery_timeout=None).submit(task)]
             for future in futures:
                 error = future.exception(WAIT)
