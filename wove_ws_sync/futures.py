@@ -47,10 +47,10 @@ class RunFuture(concurrent.futures.Future[_T]):
     """
 
     def __init__(self, run_id: str, core: _Core) -> None:
+        self._pid = os.getpid()
         super().__init__()
         self.run_id = run_id
         self._core = core
-        self._pid = os.getpid()
         self._session: Session | None = None
         self._started = False
         self._unwanted = False
@@ -58,6 +58,23 @@ class RunFuture(concurrent.futures.Future[_T]):
         self._event: dict[str, Any] | None = None
         # Held while the result is unpickled, so that it happens once.
         self._decoding = threading.RLock()
+
+    @property
+    def _condition(self) -> threading.Condition:
+        """Return what guards the state: the standard library begins here with all that it does to a future.
+
+        A forked child gets a condition of its own, as nobody may be left there to release the parent's.
+        """
+        pid = os.getpid()
+        if pid == self._pid:
+            return self._own_condition
+        _fork.check()
+        condition: threading.Condition = self.__dict__.setdefault(f"_condition_{pid}", threading.Condition())
+        return condition
+
+    @_condition.setter
+    def _condition(self, condition: threading.Condition) -> None:
+        self._own_condition = condition
 
     def __repr__(self) -> str:
         state = "running" if self.running() else "done" if self.done() else "pending"
@@ -164,6 +181,7 @@ class RunFuture(concurrent.futures.Future[_T]):
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
+            _fork.check()
             raise self._forked()
 
     def _forked(self) -> ForkedError:
@@ -171,7 +189,6 @@ class RunFuture(concurrent.futures.Future[_T]):
 
     def abandon_after_fork(self) -> None:
         """Fail in a forked child, where no result will come; takes no lock of the parent's, calls nobody."""
-        self._condition = threading.Condition()
         self._waiters = []
         self._done_callbacks: list[Any] = []
         if not self.done():
@@ -258,6 +275,7 @@ class _Core:
 
     def enter(self, future: RunFuture[Any], start: Callable[[Session], object]) -> None:
         """Have *start* begin the run of *future* on this executor's session; its errors are the future's."""
+        _fork.check()
         session: Session | None = None
         try:
             with self.lock:
@@ -296,6 +314,7 @@ class _Core:
             self.close()
 
     def shut(self) -> list[RunFuture[Any]]:
+        _fork.check()
         with self.lock:
             self.closed = True
             pending = list(self.pending)
@@ -318,8 +337,7 @@ class _Owner:
 
     def __del__(self) -> None:
         session = self.core.session
-        if session is not None and not self.core.closed and not session.foreign:
-            session.drop()
+        if session is not None and not self.core.closed and session.drop():
             warnings.warn(
                 f"unclosed {self.core!r}; use it in a with statement",
                 ResourceWarning,
@@ -355,6 +373,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
         self._owner = _Owner(self._core)
 
     def __repr__(self) -> str:
+        _fork.check()
         return repr(self._core)
 
     def with_options(self, **delivery: Any) -> WebSocketExecutor:

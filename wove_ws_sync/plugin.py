@@ -30,6 +30,7 @@ def install() -> None:
     Raises RuntimeError if the installed Wove has no place to do so.
     """
     global _original
+    _fork.check()
     with _lock:
         if _original is not None:
             return
@@ -46,6 +47,7 @@ def install() -> None:
 def uninstall() -> None:
     """Restore Wove's own websocket executor for later weaves. Idempotent, thread-safe."""
     global _original
+    _fork.check()
     with _lock:
         if _original is not None:
             if getattr(wove_environment, _FACTORY) is _build:  # or somebody else patched Wove after us

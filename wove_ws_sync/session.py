@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -144,13 +145,21 @@ class Session:
         if not self.foreign:
             self.link.detach(self)
 
-    def drop(self) -> None:
-        """Let go from a finalizer: takes no lock; runs on their way go on."""
-        if not self.foreign:
-            self.link.drop(self)
+    def drop(self, _ending: Callable[[], bool] = sys.is_finalizing) -> bool:
+        """Let go from a finalizer: waits for nobody; runs on their way go on.
+
+        Returns whether there was anything of this process's to let go.
+        """
+        if not _ending():  # when the interpreter ends there may be no function left to call
+            _fork.check(wait=False)
+        if self.foreign:
+            return False
+        self.link.drop(self)
+        return True
 
     def check_process(self) -> None:
         """Raise ForkedError in a fork of the process that made the session."""
+        _fork.check()
         if self.foreign:
             raise ForkedError(
                 "This session belongs to the parent of this forked process; make or start the executor here."
@@ -158,7 +167,12 @@ class Session:
 
 
 def open_session(options: LinkOptions, environment: str = "") -> Session:
-    """Return a new session on this process's link for *options*; nothing is dialled yet."""
+    """Return a new session on this process's link for *options*; nothing is dialled yet.
+
+    Raises RuntimeError in a uWSGI process without threads.
+    """
+    _fork.check()
+    _check_threads_run()
     while True:
         with _links_lock:
             link = _links.get(options)
@@ -170,8 +184,20 @@ def open_session(options: LinkOptions, environment: str = "") -> Session:
             return session
 
 
+def _check_threads_run() -> None:
+    # Such a uWSGI keeps the interpreter to itself between two requests (it did so by default before
+    # 2.0.27): the link's threads would stand still there, and the worker take this host for dead.
+    if getattr(sys.modules.get("uwsgi"), "has_threads", True):
+        return
+    raise RuntimeError(
+        "uWSGI runs this process without threads, which the connection to the worker service needs; "
+        "start uWSGI with --enable-threads."
+    )
+
+
 def links() -> list[Link]:
     """Return the links of this process that are not closed."""
+    _fork.check()
     with _links_lock:
         return [link for link in _links.values() if link.state is not LinkState.CLOSED]
 
@@ -181,6 +207,7 @@ def close_links(timeout: float | None = None) -> None:
 
     Runs still on their way end by their orphan policies; open executors must be made anew.
     """
+    _fork.check()
     with _links_lock:
         closing = [link for link in _all_links if link.pid == os.getpid()]
         _links.clear()
@@ -197,11 +224,10 @@ def close_links(timeout: float | None = None) -> None:
 def _forget_links() -> None:
     global _links_lock
     _links_lock = threading.Lock()
-    inherited = list(_all_links)
+    for link in list(_all_links):
+        link.abandon_after_fork()
     _links.clear()
     _all_links.clear()
-    for link in inherited:
-        link.abandon_after_fork()
 
 
 @atexit.register

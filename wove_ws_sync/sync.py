@@ -44,8 +44,7 @@ class SyncWebSocketEnvironmentExecutor:
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
-        if session is not None and not session.foreign:
-            session.drop()
+        if session is not None and session.drop():
             warnings.warn(f"unclosed {self!r}; call its stop()", ResourceWarning, stacklevel=2, source=self)
 
     def abandon_after_fork(self) -> None:
@@ -86,6 +85,7 @@ class SyncWebSocketEnvironmentExecutor:
         Raises RuntimeError before ``start()``, ValueError for unknown types, ids in flight
         and frames over ``max_message_bytes``, and whatever pickling the arguments raises.
         """
+        _fork.check()
         with self._lock:
             session, events = self._started(), self._events
         kind = check_frame(frame)
@@ -121,6 +121,7 @@ class SyncWebSocketEnvironmentExecutor:
         *timeout* is in seconds, None waits without limit. Raises TimeoutError when no event
         came in time, ExecutorClosed when ``stop()`` ends the wait.
         """
+        _fork.check()
         with self._lock:
             session, events = self._started(), self._events
         try:
@@ -134,6 +135,7 @@ class SyncWebSocketEnvironmentExecutor:
 
     def stop(self) -> None:
         """End this executor's runs by their orphan policies and let go of the link. Idempotent."""
+        _fork.check()
         self._replace(None, {})
 
     def _replace(self, session: Session | None, defaults: dict[str, Any]) -> None:
