@@ -24,6 +24,7 @@ from uuid import uuid4
 from wove.runtime import runtime
 
 from . import _fork, payloads, security
+from ._condition import Condition
 from .errors import DeliveryCancelled, ExecutorClosed, ForkedError
 from .frames import TERMINAL_EVENTS
 from .link import Link
@@ -36,6 +37,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 # So many messages of map() share a system call, while the worker begins with the ones before.
 _TOGETHER = 32
+# How long a cancelled run may be on its way from the link to its future, in seconds.
+_PATIENCE = 1.0
 _CANCELLED = concurrent.futures._base.CANCELLED
 _DELIVERY_KEYS = frozenset(field.name for field in dataclasses.fields(DeliveryOptions))
 
@@ -60,7 +63,7 @@ class RunFuture(concurrent.futures.Future[_T]):
         self._decoding = threading.RLock()
 
     @property
-    def _condition(self) -> threading.Condition:
+    def _condition(self) -> Condition:
         """Return what guards the state: the standard library begins here with all that it does to a future.
 
         A forked child gets a condition of its own, as nobody may be left there to release the parent's.
@@ -69,12 +72,12 @@ class RunFuture(concurrent.futures.Future[_T]):
         if pid == self._pid:
             return self._own_condition
         _fork.check()
-        condition: threading.Condition = self.__dict__.setdefault(f"_condition_{pid}", threading.Condition())
+        condition: Condition = self.__dict__.setdefault(f"_condition_{pid}", Condition())
         return condition
 
     @_condition.setter
     def _condition(self, condition: threading.Condition) -> None:
-        self._own_condition = condition
+        self._own_condition = Condition()  # in place of the one that the standard library sets
 
     def __repr__(self) -> str:
         state = "running" if self.running() else "done" if self.done() else "pending"
@@ -94,16 +97,34 @@ class RunFuture(concurrent.futures.Future[_T]):
         """
         self._check_process()
         if not self.done() and self._session is not None:
-            self._session.cancel(self.run_id)
+            self._cancel_at(self._session)
             if not self._in_links_thread() and not exiting():
-                concurrent.futures.wait([self])
+                self._await_cancelled(self._session)
         return self.cancelled()
 
     def _ask_to_cancel(self) -> None:
         """Cancel without waiting for an acknowledgement."""
         self._unwanted = True  # for a submit() that is still pickling
         if not self.done() and self._session is not None:
-            self._session.cancel(self.run_id)
+            self._cancel_at(self._session)
+
+    def _cancel_at(self, session: Session) -> None:
+        try:
+            session.cancel(self.run_id)
+        except BaseException:  # Ctrl-C, say, when the link had let the run go and told nobody
+            session.cancel(self.run_id)
+            self._end_if_forgotten(session)
+            session.link.flush()
+            raise
+
+    def _await_cancelled(self, session: Session) -> None:
+        while not self._await_end(_PATIENCE):
+            # What a signal handler raised may have been taken for a callback's fault, and logged.
+            self._end_if_forgotten(session)
+
+    def _end_if_forgotten(self, session: Session) -> None:
+        if session.link.find(self.run_id) is None:
+            self._on_event({"type": "task_cancelled", "run_id": self.run_id})
 
     def _cancel_soon(self) -> None:
         """Cancel from a finalizer: takes no lock."""
@@ -126,6 +147,10 @@ class RunFuture(concurrent.futures.Future[_T]):
         self._decode(timeout)
         return super().exception(0)
 
+    def _await_end(self, timeout: float | None) -> bool:
+        """Wait until the run has ended; return whether it has. An exception may strike anywhere here."""
+        return self._condition.until(self.done, timeout)
+
     def _decode(self, timeout: float | None) -> None:
         self._check_process()
         if not self.done() and self._in_links_thread():
@@ -137,7 +162,9 @@ class RunFuture(concurrent.futures.Future[_T]):
         try:
             if exiting() and not self.done():  # asked by another function that runs at exit
                 raise concurrent.futures.CancelledError
-            super().exception(timeout)
+            if not self._await_end(timeout):
+                raise TimeoutError
+            super().exception(0)
         except concurrent.futures.CancelledError:
             raise DeliveryCancelled(
                 f"Run '{self.run_id}' was cancelled.", run_id=self.run_id, acknowledged=self._acknowledged
@@ -492,7 +519,10 @@ class WebSocketExecutor(concurrent.futures.Executor):
                 if not future.running():
                     future._ask_to_cancel()
         if wait and not exiting() and not any(future._in_links_thread() for future in pending):
-            concurrent.futures.wait(pending)
+            for future in pending:
+                if future._unwanted and future._session is not None:
+                    future._await_cancelled(future._session)
+                future._await_end(None)
 
 
 def _new_run_id(fn: Any) -> str:

@@ -18,7 +18,10 @@ PACKAGE = Path(wove_ws_sync.__file__).parent
 # own and from its own room. "" is the package itself; a name with a dot at the end stands
 # for every module of that folder.
 LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
-    tuple(frozenset({name}) for name in ("errors", "options", "timing", "_fork", "_version", "_waker")),
+    tuple(
+        frozenset({name})
+        for name in ("errors", "options", "timing", "_condition", "_fork", "_version", "_waker")
+    ),
     tuple(frozenset({name}) for name in ("frames", "payloads", "security")),
     (
         frozenset({"transport", "_framing", "_handshake", "_outbox", "_route", "_wire"}),
