@@ -4,67 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
-import socket
-import subprocess
-import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from script_host import EXIT, QUIET, Mute, Proxy, Script, scripts
 
 from wove_ws_sync.testing import LoopbackWorker
-
-# Only a failing test spends it, in seconds.
-PATIENCE = 60.0
-# How long a process may take to end once its script is done, in seconds: close_timeout is 2.
-EXIT = 5.0
-
-PRELUDE = """
-import asyncio, concurrent.futures, faulthandler, gc, multiprocessing, operator, os, signal, sys
-import threading, time, warnings
-import wove_ws_sync
-from wove import weave
-from wove_ws_sync import *
-
-URL, SECRET, *ARGS = sys.argv[1:]
-CONFIG = {"url": URL, "security": {"type": "signed", "secret": SECRET}}
-# Who hangs says where and ends, forked children too.
-faulthandler.register(signal.SIGALRM, chain=True)
-signal.alarm(50)
-os.register_at_fork(after_in_child=lambda: signal.alarm(20))
-
-def executor(**settings):
-    return WebSocketExecutor(**CONFIG, **settings)
-
-def add(a, b):
-    return a + b
-
-def nap(seconds):
-    import time
-    time.sleep(seconds)
-    return seconds
-
-async def forever():
-    import asyncio
-    await asyncio.sleep(600)
-
-def wait_running(*futures):
-    for future in futures:
-        while not future.running():
-            time.sleep(0.01)
-
-def say(*words):
-    print(" ".join(map(str, words)) + os.linesep, end="", flush=True)  # one write: threads speak too
-
-def threads():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("wove-ws-")]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,70 +23,11 @@ def worker() -> Iterator[LoopbackWorker]:
         yield running
 
 
-class Script:
-    """A Python process that runs the prelude and then *code*."""
-
-    def __init__(self, path: Path, code: str, target: Any, *args: str, flags: tuple[str, ...] = ()) -> None:
-        path.write_text(PRELUDE + textwrap.dedent(code), encoding="utf-8")
-        self.process = subprocess.Popen(
-            [sys.executable, *flags, str(path), target.url, (target.security or {})["secret"], *args],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # its children end with it
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
-        )
-
-    def expect(self, *lines: str) -> None:
-        """Read these lines from its output."""
-        assert self.process.stdout is not None
-        for line in lines:
-            said = self.process.stdout.readline().rstrip("\n")
-            assert said == line, (said, *self._rest())
-
-    def _rest(self) -> tuple[str, str]:
-        self.kill()
-        return self.process.communicate()
-
-    def kill(self) -> None:
-        """End it and its children."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def tell(self) -> None:
-        """Let it go on behind ``input()``."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def interrupt(self) -> None:
-        """Press Ctrl-C."""
-        self.process.send_signal(signal.SIGINT)
-
-    def end(self, within: float = PATIENCE) -> tuple[str, str, int]:
-        """Wait until it ends, *within* seconds; return output, errors and exit code."""
-        started = time.monotonic()
-        out, err = self.process.communicate(timeout=PATIENCE)
-        took = time.monotonic() - started
-        assert took <= within, f"took {took:.1f} s to end"
-        return out, err, self.process.returncode
-
-
 @pytest.fixture
 def script(worker: LoopbackWorker, tmp_path: Path) -> Iterator[Callable[..., Script]]:
     """Start scripts; what still runs at the end is killed."""
-    started: list[Script] = []
-
-    def start(code: str, *args: str, target: Any = worker, flags: tuple[str, ...] = ()) -> Script:
-        path = tmp_path / f"script{len(started)}.py"
-        started.append(Script(path, code, target, *args, flags=flags))
-        return started[-1]
-
-    yield start
-    for item in started:
-        item.kill()
-        item.process.communicate()
+    with scripts(worker, tmp_path) as start:
+        yield start
 
 
 # -- the interpreter's exit --------------------------------------------------------------
@@ -246,14 +136,14 @@ def script(worker: LoopbackWorker, tmp_path: Path) -> Iterator[Callable[..., Scr
         "atexit",
     ],
 )
-def test_exit_with_runs_on_their_way(script: Callable[..., Script], code: str) -> None:
+def test_f36_exit_with_runs_on_their_way(script: Callable[..., Script], code: str) -> None:
     """No hang, no word on stderr, exit code 0, whatever was left open."""
     out, err, status = script(code).end()
     assert (err, status) == ("", 0)
     assert out.count("waited") in (0, 3)
 
 
-def test_exit_is_prompt(script: Callable[..., Script]) -> None:
+def test_f36_exit_is_prompt(script: Callable[..., Script]) -> None:
     """A live peer answers the goodbye at once."""
     running = script("""
         pool = executor()
@@ -264,7 +154,7 @@ def test_exit_is_prompt(script: Callable[..., Script]) -> None:
     assert running.end(within=EXIT)[1:] == ("", 0)
 
 
-def test_exit_while_the_peer_stands_still(script: Callable[..., Script]) -> None:
+def test_f36_exit_while_the_peer_stands_still(script: Callable[..., Script]) -> None:
     """close_timeout later at the most."""
     with LoopbackWorker() as stopped:
         running = script(
@@ -288,21 +178,7 @@ def test_exit_while_the_peer_stands_still(script: Callable[..., Script]) -> None
             os.kill(stopped.pid, signal.SIGCONT)
 
 
-class Mute:
-    """A target that accepts connections and never answers."""
-
-    security = {"secret": "not-asked-for-here"}  # noqa: RUF012  # nobody changes it
-
-    def __init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"ws://127.0.0.1:{self._socket.getsockname()[1]}/wove"
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._socket.close()
-
-
-def test_exit_during_a_dial(script: Callable[..., Script]) -> None:
+def test_f36_exit_during_a_dial(script: Callable[..., Script]) -> None:
     """Nobody waits for a handshake that is never answered."""
     mute = Mute()
     try:
@@ -322,7 +198,7 @@ def test_exit_during_a_dial(script: Callable[..., Script]) -> None:
         mute.close()
 
 
-def test_os_exit(script: Callable[..., Script], worker: LoopbackWorker) -> None:
+def test_f36_os_exit(script: Callable[..., Script], worker: LoopbackWorker) -> None:
     """It is immediate, and the worker drops the runs of a host that is gone."""
     running = script("""
         pool = executor()
@@ -348,7 +224,7 @@ def test_nothing_starts_before_the_first_use(script: Callable[..., Script]) -> N
 # -- Ctrl-C ---------------------------------------------------------------------------------
 
 
-def test_ctrl_c_during_result(script: Callable[..., Script]) -> None:
+def test_f35_ctrl_c_during_result(script: Callable[..., Script]) -> None:
     """KeyboardInterrupt comes at once, three times; run and executor go on."""
     running = script("""
         pool = executor()
@@ -372,7 +248,7 @@ def test_ctrl_c_during_result(script: Callable[..., Script]) -> None:
     assert running.end() == ("3.0 3 1\n", "", 0)
 
 
-def test_ctrl_c_that_nobody_catches(script: Callable[..., Script]) -> None:
+def test_f35_ctrl_c_that_nobody_catches(script: Callable[..., Script]) -> None:
     """One traceback, the user's own, and a prompt end."""
     running = script("""
         pool = executor()
@@ -388,7 +264,7 @@ def test_ctrl_c_that_nobody_catches(script: Callable[..., Script]) -> None:
     assert (out, status) == ("", -signal.SIGINT)
 
 
-def test_ctrl_c_during_a_weave(script: Callable[..., Script]) -> None:
+def test_f35_ctrl_c_during_a_weave(script: Callable[..., Script]) -> None:
     """It ends the weave; the next one works."""
     running = script("""
         wove_ws_sync.config(environments={"w": {"executor": "websocket", "executor_config": CONFIG}})
@@ -411,7 +287,7 @@ def test_ctrl_c_during_a_weave(script: Callable[..., Script]) -> None:
     assert "5" in out
 
 
-def test_ctrl_c_during_a_blocked_submit(script: Callable[..., Script]) -> None:
+def test_f35_ctrl_c_during_a_blocked_submit(script: Callable[..., Script]) -> None:
     """submit() that waits for a peer which does not read ends at once, and the executor stays usable."""
     with LoopbackWorker() as stopped:
         running = script(
@@ -488,7 +364,7 @@ def test_ctrl_c_during_a_blocked_submit(script: Callable[..., Script]) -> None:
     ],
     ids=["executor", "view", "cycle", "in a thread", "sync executor"],
 )
-def test_a_dropped_executor_warns_once_and_its_threads_end(script: Callable[..., Script], code: str) -> None:
+def test_f37_a_dropped_executor_warns_once(script: Callable[..., Script], code: str) -> None:
     """One ResourceWarning, none about a socket, and no thread a second after its last run."""
     code = textwrap.dedent(code) + textwrap.dedent("""
         gc.collect()
@@ -504,7 +380,7 @@ def test_a_dropped_executor_warns_once_and_its_threads_end(script: Callable[...,
     assert "socket" not in err and "Traceback" not in err, err
 
 
-def test_what_is_closed_warns_of_nothing(script: Callable[..., Script]) -> None:
+def test_f37_what_is_closed_warns_of_nothing(script: Callable[..., Script]) -> None:
     """Under -X dev and -W error no socket, loop or executor is left unclosed."""
     code = """
         with executor() as pool:
@@ -532,56 +408,6 @@ def test_what_is_closed_warns_of_nothing(script: Callable[..., Script]) -> None:
 
 # -- fork -------------------------------------------------------------------------------------
 
-
-class Proxy:
-    """Copy bytes between hosts and a worker, and count what each connection of a host sent."""
-
-    def __init__(self, target: LoopbackWorker) -> None:
-        self._target = int(target.url.rpartition(":")[2].partition("/")[0])
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.security = target.security
-        self.url = target.url.replace(f":{self._target}/", f":{self._socket.getsockname()[1]}/")
-        self.sent: list[int] = []
-        self._threads = [threading.Thread(target=self._accept, name="proxy")]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                host, _ = self._socket.accept()
-            except OSError:
-                return
-            self.sent.append(0)
-            thread = threading.Thread(target=self._copy, args=(host, len(self.sent) - 1), name="proxy-copy")
-            self._threads.append(thread)
-            thread.start()
-
-    def _copy(self, host: socket.socket, number: int) -> None:
-        with host, socket.create_connection(("127.0.0.1", self._target)) as worker:
-            while True:
-                for end in select.select([host, worker], [], [])[0]:
-                    try:
-                        data = end.recv(65536)
-                    except OSError:
-                        return
-                    if not data:
-                        return
-                    (worker if end is host else host).sendall(data)
-                    self.sent[number] += len(data) if end is host else 0
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
-        self._socket.close()
-
-
-QUIET = ("-W", "ignore::DeprecationWarning")  # of fork in a process with threads, since Python 3.12
 
 FORK = """
     import functools
@@ -648,7 +474,7 @@ FORK = """
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["ws", "wss"])
-def test_a_forked_child_leaves_its_parents_connection_alone(
+def test_f33_a_forked_child_leaves_its_parents_connection_alone(
     script: Callable[..., Script], worker: LoopbackWorker, tls: bool
 ) -> None:
     """Not a byte on it; its work goes over a connection of its own; the parent's runs finish."""
@@ -670,7 +496,7 @@ def test_a_forked_child_leaves_its_parents_connection_alone(
         assert running.end() == ("", "", 0)
 
 
-def test_multiprocessing_by_fork(script: Callable[..., Script]) -> None:
+def test_f33_multiprocessing_by_fork(script: Callable[..., Script]) -> None:
     """Children of a pool use the inherited executor, each over a connection of its own."""
     code = """
         pool = executor()
@@ -693,7 +519,7 @@ def test_multiprocessing_by_fork(script: Callable[..., Script]) -> None:
     assert script(code, flags=QUIET).end() == ("", "", 0)
 
 
-def test_multiprocessing_by_spawn(script: Callable[..., Script]) -> None:
+def test_f45_multiprocessing_by_spawn(script: Callable[..., Script]) -> None:
     """A spawned child starts from nothing and makes its own executor."""
     code = """
         def use(number):
@@ -710,54 +536,7 @@ def test_multiprocessing_by_spawn(script: Callable[..., Script]) -> None:
     assert script(code, flags=QUIET).end() == ("", "", 0)
 
 
-def test_fifty_forks_while_threads_submit(script: Callable[..., Script]) -> None:
-    """No child deadlocks, whichever lock was held at the moment of its fork; the parent loses nothing."""
-    code = """
-        pool = executor()
-        pool.submit(add, 1, 1).result()
-        over = threading.Event()
-        wrong = []
-
-        def submit(number):
-            count = 0
-            while not over.is_set():
-                count += 1
-                view = pool.with_options(delivery_timeout=40.0, delivery_max_in_flight=2 + number)
-                if view.submit(add, number, count).result() != number + count:
-                    wrong.append(number)
-
-        submitting = [threading.Thread(target=submit, args=(number,)) for number in range(4)]
-        for thread in submitting:
-            thread.start()
-        for number in range(50):
-            child = os.fork()
-            if child == 0:
-                try:
-                    if number % 5 == 0:
-                        assert pool.submit(add, 2, 3).result(15) == 5
-                        pool.shutdown()
-                    for future in list(pool._core.pending):
-                        future.done()
-                    repr(pool)
-                except BaseException as exc:
-                    print(repr(exc), file=sys.stderr, flush=True)
-                    os._exit(1)
-                if number % 2:
-                    sys.exit(0)
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            assert status == 0, number
-        over.set()
-        for thread in submitting:
-            thread.join()
-        assert wrong == []
-        assert pool._core.session.link.stats()["dials"] == 1
-        pool.shutdown()
-    """
-    assert script(code, flags=QUIET).end() == ("", "", 0)
-
-
-def test_a_fork_while_every_lock_is_held(script: Callable[..., Script]) -> None:
+def test_f34_a_fork_while_every_lock_is_held(script: Callable[..., Script]) -> None:
     """The child has fresh locks, whoever held the old ones: all faces work, and it ends."""
     code = """
         pool = executor()
@@ -814,7 +593,7 @@ def test_a_fork_while_every_lock_is_held(script: Callable[..., Script]) -> None:
     assert script(code, flags=QUIET).end() == ("", "", 0)
 
 
-def test_a_fork_while_nobody_is_connected(script: Callable[..., Script]) -> None:
+def test_f33_a_fork_while_nobody_is_connected(script: Callable[..., Script]) -> None:
     """Executors made and configured before the fork, used in three children: pre-forking servers do so."""
     code = """
         pool = executor()
