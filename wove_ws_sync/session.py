@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import sys
 import threading
 import weakref
@@ -169,10 +170,10 @@ class Session:
 def open_session(options: LinkOptions, environment: str = "") -> Session:
     """Return a new session on this process's link for *options*; nothing is dialled yet.
 
-    Raises RuntimeError in a uWSGI process without threads.
+    Raises RuntimeError in a uWSGI process without threads and under eventlet's monkey patch.
     """
     _fork.check()
-    _check_threads_run()
+    _check_surroundings()
     while True:
         with _links_lock:
             link = _links.get(options)
@@ -184,15 +185,20 @@ def open_session(options: LinkOptions, environment: str = "") -> Session:
             return session
 
 
-def _check_threads_run() -> None:
+def _check_surroundings() -> None:
+    """Raise RuntimeError where the link's threads could not do their work."""
     # Such a uWSGI keeps the interpreter to itself between two requests (it did so by default before
     # 2.0.27): the link's threads would stand still there, and the worker take this host for dead.
-    if getattr(sys.modules.get("uwsgi"), "has_threads", True):
-        return
-    raise RuntimeError(
-        "uWSGI runs this process without threads, which the connection to the worker service needs; "
-        "start uWSGI with --enable-threads."
-    )
+    if not getattr(sys.modules.get("uwsgi"), "has_threads", True):
+        raise RuntimeError(
+            "uWSGI runs this process without threads, which the connection to the worker service needs; "
+            "start uWSGI with --enable-threads."
+        )
+    if not hasattr(select, "poll"):
+        raise RuntimeError(
+            "select.poll, which the connection to the worker service needs, is missing in this process: "
+            "eventlet's monkey patch removes it. Use threads or gevent."
+        )
 
 
 def links() -> list[Link]:
