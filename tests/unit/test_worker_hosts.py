@@ -341,7 +341,9 @@ class TestDetach:
         assert host.let_go("r", 0.0) == []
         assert other.let_go("r", 0.0) == [first]
         assert first.state is RunState.ENDED
-        assert host.attach(attach("r"), 1.0) is second
+        service.end(service.run(host, "r"))
+        assert host.let_go("r", 0.0) == [second]
+        assert isinstance(other.attach(attach("r"), 1.0), Kept)
 
 
 ACTIONS = (

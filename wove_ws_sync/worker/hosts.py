@@ -121,8 +121,7 @@ class Host:
         kept = None if self.kept is None else self.kept.pop(run_id)
         if kept is None:
             return None
-        self._put_end(kept, now)
-        return []
+        return self._put_end(kept, now)
 
     def attach(self, command: AttachTask, now: float) -> Run | Kept | None:
         """Take a run, or its kept end, from the shelf, whoever put it there."""
@@ -154,7 +153,7 @@ class Host:
         if self.kept is not None:
             for kept in [self.kept.get(run_id) for run_id in self.kept]:
                 if kept is not None and kept.run.orphan_policy == "detach":
-                    self._put_end(kept, now)
+                    stopped += self._put_end(kept, now)
         return stopped
 
     def _drop_unconfirmed(self, now: float) -> list[Run]:
@@ -168,7 +167,7 @@ class Host:
                 self.runs.ended(run)
                 stopped.append(run)
             elif kept is not None and kept.run.orphan_policy == "detach":
-                self._put_end(kept, now)
+                stopped += self._put_end(kept, now)
         self.unconfirmed.clear()
         return stopped
 
@@ -178,11 +177,10 @@ class Host:
         self.runs.remove(run)
         return self._shelf.put(run, self.identity)
 
-    def _put_end(self, kept: Kept, now: float) -> None:
-        assert self._shelf is not None and self.kept is not None
+    def _put_end(self, kept: Kept, now: float) -> list[Run]:
+        assert self._shelf is not None and self.identity is not None and self.kept is not None
         self.kept.pop(kept.run.run_id)
-        kept.run.origin, kept.run.owner = self.identity, self._shelf
-        self._shelf.keep(kept.run, kept.event, now)
+        return self._shelf.put_end(kept, self.identity, now)
 
     def _take(self, run_id: str, origin: Identity | None, now: float) -> Run | Kept | None:
         """Take a run, or its end, from the shelf, if it was put there by *origin* (None: by anybody)."""

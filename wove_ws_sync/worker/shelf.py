@@ -36,16 +36,28 @@ class Shelf:
 
     def put(self, run: Run, origin: Identity) -> list[Run]:
         """Take a live run from *origin*; return the runs whose place it takes, which are to be stopped."""
-        displaced = self.runs.get(run.run_id)
-        if displaced is not None:
-            self.runs.ended(displaced)
+        displaced = self._clear_place(run.run_id)
         run.origin = origin
         self.runs.adopt(run, self)
-        self._kept.pop(run.run_id)
-        return [] if displaced is None else [displaced]
+        return displaced
+
+    def put_end(self, kept: Kept, origin: Identity, now: float) -> list[Run]:
+        """Take the kept end of a run in the same way."""
+        displaced = self._clear_place(kept.run.run_id)
+        kept.run.origin, kept.run.owner = origin, self
+        self.keep(kept.run, kept.event, now)
+        return displaced
+
+    def _clear_place(self, run_id: str) -> list[Run]:
+        self._kept.pop(run_id)
+        displaced = self.runs.get(run_id)
+        if displaced is None:
+            return []
+        self.runs.ended(displaced)
+        return [displaced]
 
     def keep(self, run: Run, event: bytes, now: float) -> None:
-        """Keep the terminal event of a run."""
+        """Keep the terminal event of a run that has ended here."""
         self._kept.put(run, event, now)
 
     def take(self, run_id: str, origin: Identity | None = None) -> Run | Kept | None:
