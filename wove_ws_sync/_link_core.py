@@ -23,6 +23,7 @@ from typing import Any
 from uuid import uuid4
 
 from . import frames
+from ._condition import Condition
 from ._reconnect import Reconnect
 from ._tell import host_log, note, tell
 from .connection import Connection
@@ -86,8 +87,8 @@ class LinkCore:
         self._clock = clock or Clock()
         # Guards the run table, the state, the sessions and the connections. A leaf.
         self._state_lock = threading.Lock()
-        # Says that one of those changed in a way that somebody may wait for.
-        self._changed = threading.Condition(self._state_lock)
+        # Says that one of those changed in a way that somebody may wait for; nobody waits under a lock.
+        self._changed = Condition()
         self._table = RunTable(
             cancel_ack_timeout=options.cancel_ack_timeout, max_requeues=options.max_requeues
         )
@@ -104,9 +105,8 @@ class LinkCore:
         self._generation = 0
         # The instance that the newest connection reached; runs can only be resumed there.
         self._worker = ""
-        # Threads that wait for a connection, and those that wait for room in the send buffer.
-        self._connecting = 0
-        self._crowding = 0
+        # Those who wait for a connection.
+        self._connecting: set[object] = set()
         self._idle_since = self._clock.monotonic()
 
     def _new_connection(self, dial_at: float) -> Connection:
@@ -152,17 +152,14 @@ class LinkCore:
 
     def _cancel(self, wanted: Run | str) -> None:
         """Cancel a run by its cancel mode; nothing happens if it has ended."""
-        effects: list[Effect] = []
-        moment = None
-        try:
-            with self._state_lock:
-                run = self._table.get(wanted) if isinstance(wanted, str) else wanted
-                if run is not None:
-                    effects = self._table.cancel(run, self._clock.monotonic())
-                    self._follow_up(effects)
-                    moment = self._next_decision()
-        finally:  # also when Ctrl-C strikes: what was decided must be told
-            self._apply(effects)
+        with self._state_lock:
+            run = self._table.get(wanted) if isinstance(wanted, str) else wanted
+            if run is None:
+                return
+            effects = self._table.cancel(run, self._clock.monotonic())
+            self._follow_up(effects)
+            moment = self._next_decision()
+        self._apply(effects)
         self._mind(moment)
 
     def _post_ready(self, now: float) -> list[Effect]:
@@ -179,16 +176,16 @@ class LinkCore:
                 elif run.needs is not None and not connection.offers(run.needs):
                     effects += self._table.fail(run, _unsupported(run.run_id, run.needs))
                 else:
-                    parcel = connection.transport.post(frames.with_attempt(run.message, run.attempt))
+                    parcel = Parcel(frames.with_attempt(run.message, run.attempt))
                     self._table.sent(run, parcel, now, connection.generation)
+                    connection.transport.post(parcel)
         return effects
 
     def _follow_up(self, effects: list[Effect]) -> None:
         """Let those go who may now: after *effects* freed slots and buffer, say. Hold ``_state_lock``."""
         if self._table.has_ready:
             effects += self._post_ready(self._clock.monotonic())
-        if self._crowding:
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     def _apply(self, effects: list[Effect]) -> None:
         """Act on what was decided; hold no lock."""
@@ -215,6 +212,25 @@ class LinkCore:
         if isinstance(error, ConnectionLost):
             error.maybe_executed = error.maybe_executed or run.maybe_executed
         tell(run, effect.event, self._extra("event", run.run_id), own_thread=self.in_own_thread())
+        self._table.told(run)
+
+    def _mend(self) -> None:
+        """Put in order what an exception left half done that struck in this thread; hold no lock."""
+        with self._state_lock:
+            now = self._clock.monotonic()
+            effects = self._table.mend(now)
+            connection = self._connection
+            if connection is not None and connection.transport is not None:
+                for run in self._table.of_all():
+                    parcel = run.receipt
+                    if run.generation == connection.generation and isinstance(parcel, Parcel):
+                        unsent = connection.transport.withdraw(parcel) or not parcel.started
+                        if unsent:
+                            connection.transport.post(parcel)
+            self._follow_up(effects)
+            moment = self._next_decision()
+        self._apply(effects)
+        self._mind(moment)
 
     def _tell_worker(self, run: Run, generation: int | None, *, cancel: bool) -> None:
         """Take a run back, or tell the worker that has it to cancel it or to let go of it."""

@@ -140,11 +140,9 @@ class MemoryTransport:
         """Return the size of what has not left."""
         return sum(len(parcel.data) for parcel in self._queue)
 
-    def post(self, data: bytes) -> Parcel:
+    def post(self, message: bytes | Parcel) -> None:
         """Queue one message."""
-        parcel = Parcel(data)
-        self._queue.append(parcel)
-        return parcel
+        self._queue.append(message if isinstance(message, Parcel) else Parcel(message))
 
     def withdraw(self, parcel: Parcel) -> bool:
         """Take a message back that has not left."""

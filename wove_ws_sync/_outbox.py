@@ -75,13 +75,11 @@ class Outbox:
         self._leaving: list[tuple[int, Parcel]] = []
         self._closed = False
 
-    def post(self, data: bytes) -> Parcel:
+    def post(self, parcel: Parcel) -> None:
         """Queue one message."""
-        parcel = Parcel(data)
         with self._lock:
             self._queue.append(parcel)
             self.queued_bytes += parcel.size
-        return parcel
 
     def withdraw(self, parcel: Parcel) -> bool:
         """Take *parcel* out of the queue; False if it is not there any more."""
@@ -137,6 +135,7 @@ class Outbox:
             with self._lock:
                 if self._queue:
                     self._current, self._offset = self._queue.popleft(), 0
+                    self._current.started = True  # here, so that what is not queued is not to be sent
         if self._current is not None:
             return self._next_fragment(self._current)
         if self._goodbye is not None:
@@ -145,7 +144,6 @@ class Outbox:
         return b""
 
     def _next_fragment(self, parcel: Parcel) -> bytes | bytearray:
-        parcel.started = True
         start, self._offset = self._offset, self._offset + _FRAGMENT_BYTES
         payload = memoryview(parcel.data)[start : self._offset]
         opcode = ABNF.OPCODE_CONT if start else ABNF.OPCODE_TEXT

@@ -11,6 +11,7 @@ from collections.abc import Hashable
 
 from ._link_core import OVER, Dial, LinkState, same_error, too_large
 from ._link_threads import LinkThreads
+from .connection import Connection
 from .errors import ExecutorClosed
 from .runs import Deliver, Effect, Run
 from .timing import Deadline
@@ -79,20 +80,26 @@ class Link(LinkThreads):
 
     def detach(self, session: Hashable) -> None:
         """Count *session* out and end what it left, each run by its orphan policy."""
-        with self._state_lock:
-            effects = self._table.abandon(session)
-            self._forget(session, self._clock.monotonic())
-            self._follow_up(effects)
-            moment = self._next_decision()
-        self._apply(effects)
-        self._mind(moment)
+        try:
+            self.abandon(session)
+            with self._state_lock:
+                self._forget(session, self._clock.monotonic())
+                moment = self._next_decision()
+            self._mind(moment)
+        except BaseException:
+            self.drop(session)
+            raise
 
     def abandon(self, session: Hashable) -> None:
         """End the runs of *session*, each by its orphan policy."""
-        with self._state_lock:
-            effects = self._table.abandon(session)
-            self._follow_up(effects)
-        self._apply(effects)
+        try:
+            with self._state_lock:
+                effects = self._table.abandon(session)
+                self._follow_up(effects)
+            self._apply(effects)
+        except BaseException:
+            self._mend()
+            raise
 
     def drop(self, session: Hashable) -> None:
         """Count *session* out from a finalizer: takes no lock, the watchdog does the rest."""
@@ -122,25 +129,34 @@ class Link(LinkThreads):
         """
         own_thread = self.in_own_thread()
         run.deadline = Deadline.after(run.delivery.delivery_timeout, self._clock.monotonic())
-        effects, moment = self._register(run, block=block and not own_thread)
-        connection = self._connection
-        self._mind(moment)
-        if effects:
-            self._apply(effects)
-        if run.terminal:
-            return
-        if connection is None:
-            try:
-                self._start()
-            except BaseException as exc:  # no descriptor, no thread, Ctrl-C: nobody would send it
-                with self._state_lock:
-                    effects = [] if run.terminal else self._table.fail(run, exc)
+        try:
+            effects, moment = self._register(run, block=block and not own_thread)
+            connection = self._connection
+            self._mind(moment)
+            if effects:
                 self._apply(effects)
-                raise
-        elif wait and isinstance(run.receipt, Parcel) and not own_thread:
+            if run.terminal:
+                return
+            if connection is None:
+                self._start_for(run)
+        except BaseException:
+            self._mend()
+            raise
+        if connection is None:
+            return
+        if wait and isinstance(run.receipt, Parcel) and not own_thread:
             connection.push(run.receipt, run.deadline, lambda: run.terminal)
         elif wait or flush:
             connection.flush()
+
+    def _start_for(self, run: Run) -> None:
+        try:
+            self._start()
+        except BaseException as exc:  # no descriptor, no thread, Ctrl-C: nobody would send it
+            with self._state_lock:
+                effects = [] if run.terminal else self._table.fail(run, exc)
+            self._apply(effects)
+            raise
 
     def _register(self, run: Run, *, block: bool) -> tuple[list[Effect], float | None]:
         """Take *run* into the table, once there is room for it, and post it if it may go."""
@@ -174,16 +190,12 @@ class Link(LinkThreads):
     def _wait_for_room(self, run: Run) -> None:
         """Wait a while for the workers to take what is buffered."""
         self.flush()  # what was submitted without flush is part of it
-        with self._changed:
-            remaining = run.deadline.remaining(self._clock.monotonic())
-            if self._state in OVER or self._has_room(len(run.message)) or remaining == 0.0:
-                return
-            self._crowding += 1
-            self._counts["waits_for_room"] += 1
-            try:
-                self._changed.wait(_PATIENCE if remaining is None else min(remaining, _PATIENCE))
-            finally:
-                self._crowding -= 1
+        self.count("waits_for_room")
+        remaining = run.deadline.remaining(self._clock.monotonic())
+        self._changed.until(
+            lambda: self._state in OVER or self.has_room(len(run.message)),
+            _PATIENCE if remaining is None else min(remaining, _PATIENCE),
+        )
 
     def find(self, run_id: str) -> Run | None:
         """Return the run if it is on its way."""
@@ -192,7 +204,11 @@ class Link(LinkThreads):
 
     def cancel(self, run: Run) -> None:
         """Cancel *run* by its cancel mode; nothing happens if it has ended."""
-        self._cancel(run)
+        try:
+            self._cancel(run)
+        except BaseException:
+            self._mend()
+            raise
 
     def connect(self, deadline: Deadline) -> None:
         """Dial if need be and wait until the link is READY.
@@ -204,24 +220,26 @@ class Link(LinkThreads):
         if refusal is not None:
             raise same_error(refusal)
         connection = self._start()
-        with self._changed:
-            self._connecting += 1
-            try:
-                if self._state is LinkState.BACKOFF and not connection.told_to_wait:
-                    connection.dial_at = self._clock.monotonic()  # somebody asks: no use in waiting longer
-                    connection.waker.wake()
-                while self._connection is connection and self._state in (
-                    LinkState.DIALING,
-                    LinkState.BACKOFF,
-                ):
-                    remaining = deadline.remaining(self._clock.monotonic())
-                    if remaining == 0.0:
-                        raise TimeoutError("timed out during opening handshake")
-                    self._changed.wait(remaining)
-            finally:
-                self._connecting -= 1
+        with self._state_lock:
+            self._connecting.add(waiter := object())
+            if self._state is LinkState.BACKOFF and not connection.told_to_wait:
+                connection.dial_at = self._clock.monotonic()  # somebody asks: no use in waiting longer
+                connection.waker.wake()
+        try:
+            while not self._decided(connection):
+                remaining = deadline.remaining(self._clock.monotonic())
+                if remaining == 0.0:
+                    raise TimeoutError("timed out during opening handshake")
+                self._changed.until(lambda: self._decided(connection), remaining)
+        finally:
+            self._connecting.discard(waiter)
         if connection.error is not None:
             raise same_error(connection.error)
+
+    def _decided(self, connection: Connection) -> bool:
+        with self._state_lock:
+            waiting = self._state in (LinkState.DIALING, LinkState.BACKOFF)
+            return self._connection is not connection or not waiting
 
     def start_closing(self, *, tell: bool = True) -> None:
         """End every run by its policy and say goodbye; never blocks. Idempotent.

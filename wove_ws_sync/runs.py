@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+import threading
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -65,6 +66,8 @@ class RunTable:
         self._cancel_ack_timeout = cancel_ack_timeout
         self._max_requeues = max_requeues
         self._runs: dict[str, Run] = {}
+        # What has ended and was not told yet, and by which thread that will be.
+        self._untold: dict[Run, tuple[int, RunState, dict[str, Any], int | None]] = {}
         # How many runs each connection carries, by generation.
         self._carried: Counter[int] = Counter()
         self._ready: deque[Run] = deque()
@@ -144,11 +147,11 @@ class RunTable:
         return taken
 
     def sent(self, run: Run, receipt: Receipt, now: float, generation: int) -> None:
-        """Note that *run* was handed to the transport of a connection, which answers through *receipt*."""
-        run.state = RunState.SENT
+        """Note that *run* goes to the transport of a connection, which answers through *receipt*."""
+        run.life = now
         run.receipt = receipt
         self._carry(run, generation)
-        run.life = now
+        run.state = RunState.SENT
         self._set_alarm(run, now)
 
     # -- coming in ---------------------------------------------------------------
@@ -391,7 +394,7 @@ class RunTable:
         if self._suspect is run:
             self._suspect = None
             self._suspects.appendleft(run)
-        elif _MAX_SHARED < run.attempt > self._max_requeues:
+        elif self._is_suspect(run):
             self._suspects.append(run)
         else:
             self._ready.append(run)
@@ -436,8 +439,8 @@ class RunTable:
         return self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
 
     def _await_ack(self, run: Run, now: float, until: Deadline) -> list[Effect]:
-        run.state = RunState.CANCELLING
         run.ack_by = until.at
+        run.state = RunState.CANCELLING
         run.alarm = None
         self._set_alarm(run, now)
         return [CancelAtWorker(run, run.generation)]
@@ -449,6 +452,7 @@ class RunTable:
     def _finish(self, run: Run, state: RunState, event: dict[str, Any]) -> list[Effect]:
         """Set the terminal state, once, and free what the run held."""
         assert not run.terminal, f"run {run.run_id!r} ended twice"
+        self._untold[run] = (threading.get_ident(), state, event, run.generation)
         run.state = state
         self._forget_message(run)
         self._carry(run, None)
@@ -459,6 +463,64 @@ class RunTable:
         if limit is not None:
             self._free_slot(run, limit)
         return [Deliver(run, event)]
+
+    def told(self, run: Run) -> None:
+        """Note that the end of *run* was told. Takes no lock: any thread, at any time."""
+        self._untold.pop(run, None)
+
+    # -- after an exception that struck in the middle of a decision ------------------
+
+    def mend(self, now: float) -> list[Effect]:
+        """Finish what this thread began to end and did not tell, and put everything else in order.
+
+        A signal handler may raise between any two steps of the main thread. What a run says of
+        itself is set in an order that can be gone on from; all the rest follows from the runs.
+        """
+        effects: list[Effect] = []
+        for run, (thread, state, event, generation) in list(self._untold.items()):
+            if thread == threading.get_ident():
+                run.state, run.message, run.generation = state, b"", None
+                if self._runs.get(run.run_id) is run:
+                    del self._runs[run.run_id]
+                detached = run.delivery.delivery_orphan_policy == "detach"
+                effects.append((DetachAtWorker if detached else CancelAtWorker)(run, generation))
+                effects.append(Deliver(run, event))
+        self._index(now)
+        return effects
+
+    def _index(self, now: float) -> None:
+        """Set anew whatever follows from the runs themselves."""
+        self._carried.clear()
+        self._ready.clear()
+        self._suspects.clear()
+        self._slots, self._alarms = {}, []
+        self._suspect, self.buffered = None, 0
+        for run in self._runs.values():
+            if run.state is RunState.QUEUED and run.receipt is not None:  # it did not get to the transport
+                run.receipt = run.generation = None
+            if run.generation is not None:
+                self._carried[run.generation] += 1
+            self.buffered += len(run.message)
+            limit = run.delivery.delivery_max_in_flight
+            if limit is not None:
+                slots = self._slots.setdefault((run.session, limit), _Slots())
+                slots.taken += run.holds_slot
+                if not run.holds_slot:
+                    slots.waiting.append(run)
+            if run.state is not RunState.QUEUED:
+                self._suspect = run if self._is_suspect(run) else self._suspect
+            elif limit is None or run.holds_slot:
+                (self._suspects if self._is_suspect(run) else self._ready).append(run)
+            run.alarm = None
+            self._set_alarm(run, now)
+        for (_, limit), slots in self._slots.items():
+            self._fill_slots(slots, limit)
+
+    def _is_suspect(self, run: Run) -> bool:
+        """Tell whether the next delivery of *run*, or the present one, is one to be made alone."""
+        return _MAX_SHARED < run.attempt > self._max_requeues
+
+    # -- slots -------------------------------------------------------------------
 
     def _free_slot(self, run: Run, limit: int) -> None:
         slots = self._slots[run.session, limit]

@@ -1,0 +1,110 @@
+"""F35: a signal handler raises between any two steps of a decision, and the run table is put in order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+from run_machine import Runs
+
+from wove_ws_sync import _run, runs
+from wove_ws_sync.options import DeliveryOptions
+from wove_ws_sync.runs import RunState
+
+OURS = {runs.__file__, _run.__file__}
+
+
+class Struck(BaseException):
+    """What the signal handler raises."""
+
+
+def strike(act: Callable[[], Any], step: int) -> bool:
+    """Call *act* and raise before its step number *step* inside the table; tell whether it came so far."""
+    left = step
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in OURS:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise Struck
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except Struck:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def machine() -> Runs:
+    """Return a table with runs in every state and in line for slots."""
+    made = Runs()
+    made.connect(1.0, 2)
+    for policy in ("cancel", "requeue", "detach"):
+        for limit in (None, 2):
+            for mode in ("best_effort", "require_ack"):
+                options = DeliveryOptions(
+                    delivery_orphan_policy=policy,
+                    delivery_cancel_mode=mode,
+                    delivery_max_in_flight=limit,
+                    delivery_timeout=20.0,
+                )
+                made.send(options, "a", True)
+                made.register(options, "a")
+    made.receive("r3", "task_started", 0, None)
+    made.cancel("r3")
+    made.lose(10.0, False)
+    made.resume(["alive", "unknown"])
+    return made
+
+
+def register(made: Runs) -> None:
+    options = DeliveryOptions(delivery_max_in_flight=2, delivery_timeout=5.0)
+    run = made.new_run(options, "a")
+    made.table.register(run, made.now)
+    made.registered[run.run_id] = run
+
+
+def cancel_each(made: Runs) -> None:
+    for run in made.table.of_all():
+        made.apply(made.table.cancel(run, made.now))
+
+
+ACTS: dict[str, Callable[[Runs], Any]] = {
+    "register": register,
+    "post": lambda made: made.post(refused=True),
+    "cancel": cancel_each,
+    "abandon": lambda made: made.apply(made.table.abandon("a")),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_f35_a_strike_between_any_two_steps(act: str) -> None:
+    """Nothing is lost, nothing ends twice, no slot is left taken: mend() takes up where it broke off."""
+    step, struck = 0, True
+    while struck:
+        made = machine()
+        known = set(made.registered)
+        struck = strike(lambda made=made: ACTS[act](made), step)
+        if struck:
+            for run in made.table.of_all():
+                made.registered.setdefault(run.run_id, run)
+            made.apply_again(made.table.mend(made.now))
+        made.look()
+        assert known <= set(made.registered)
+        for run in made.alive():
+            assert run.state is not RunState.QUEUED or run.receipt is None
+        made.teardown()
+        step += 1
+    assert step > 100
