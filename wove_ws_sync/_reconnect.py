@@ -76,5 +76,5 @@ class Reconnect:
 def is_final(exc: BaseException) -> bool:
     """Tell whether dialling again would only get the same answer."""
     if isinstance(exc, HandshakeRejected):
-        return exc.status is None or exc.status in (101, 401, 403, 404) or 300 <= exc.status < 400
+        return exc.status is None or exc.status in (101, 401, 403, 404, 426) or 300 <= exc.status < 400
     return isinstance(exc, ssl.SSLCertVerificationError | ValueError | RuntimeError)

@@ -139,10 +139,6 @@ def answering(*lines: str) -> Callable[[Peer], None]:
 
 SWITCHING = ("HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade")
 
-# A client that asks again for what needs another client gets the same answer; the link takes 426
-# for one that may change.
-upgrade_required = pytest.mark.xfail(reason="426 is not among the final answers yet", strict=False)
-
 
 @pytest.mark.parametrize(
     ("status", "lines"),
@@ -150,7 +146,7 @@ upgrade_required = pytest.mark.xfail(reason="426 is not among the final answers 
         (401, ["HTTP/1.1 401 No"]),
         (403, ["HTTP/1.1 403 No"]),
         (404, ["HTTP/1.1 404 No"]),
-        pytest.param(426, ["HTTP/1.1 426 No"], marks=upgrade_required),
+        (426, ["HTTP/1.1 426 No"]),
         (301, ["HTTP/1.1 301 Moved", "Location: /elsewhere"]),
         (307, ["HTTP/1.1 307 Moved", "Location: ws://127.0.0.1:1/wove"]),
         (101, [*SWITCHING, "Sec-WebSocket-Accept: bm90IHRoZSBrZXkgaXQgd2FzLg=="]),

@@ -181,7 +181,7 @@ def test_f10_packets_are_dropped(state: str) -> None:
         assert "behind: True" in lines
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_f12_a_message_that_trickles_in_real_time() -> None:
     """One byte a second inside a message is no sign of progress: lost after half a minute."""
     with ScriptedWorker() as worker, FaultProxy(worker.url) as proxy:

@@ -879,7 +879,7 @@ class TestHandshake:
         )
         assert self.refused(worker, headers) == 401
 
-    def test_a_replayed_handshake_is_refused(self, worker: LoopbackWorker) -> None:
+    def test_f42_a_replayed_handshake_is_refused(self, worker: LoopbackWorker) -> None:
         """The same headers open one connection."""
         headers = signed(worker)
         with RawHost(worker, headers=headers):
