@@ -295,13 +295,14 @@ HOST = """
     from wove import weave
     from wove_ws_sync import WebSocketExecutor
 
-    url, secret, kind = sys.argv[1:]
+    url, secret, kind = sys.argv[1:4]
+    seconds = float(sys.argv[4])
     config = {"url": url, "security": {"type": "signed", "secret": secret}}
     config.update(ping_interval=1.0, pong_timeout=1.0)
 
     def long():
         import time
-        time.sleep(7.0)
+        time.sleep(seconds)
         return "done"
 
     if kind == "futures":
@@ -322,12 +323,15 @@ HOST = """
 """
 
 
+@pytest.mark.parametrize("seconds", [4.0, pytest.param(60.0, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", ["futures", "weave"])
-def test_f46_a_suspended_host_does_not_kill_a_healthy_run(worker: LoopbackWorker, kind: str) -> None:
-    """Stopped for four seconds with a heartbeat of one: what arrived is read before it is judged."""
+def test_f46_a_suspended_host_does_not_kill_a_healthy_run(
+    worker: LoopbackWorker, kind: str, seconds: float
+) -> None:
+    """Stopped for four or 60 seconds with a heartbeat of one: what arrived is read before it is judged."""
     secret = (worker.security or {})["secret"]
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HOST), worker.url, secret, kind],
+        [sys.executable, "-c", textwrap.dedent(HOST), worker.url, secret, kind, str(seconds + 3.0)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -337,7 +341,7 @@ def test_f46_a_suspended_host_does_not_kill_a_healthy_run(worker: LoopbackWorker
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
         process.send_signal(signal.SIGSTOP)
-        time.sleep(4.0)
+        time.sleep(seconds)
         process.send_signal(signal.SIGCONT)
         out, err = process.communicate(timeout=WAIT)
     finally:

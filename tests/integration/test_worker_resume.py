@@ -202,6 +202,7 @@ class TestCut:
             host.cut()
         with caller() as host:
             assert host.resume("r") == {"alive": ["r"]}
+            assert host.event()["type"] == "task_started"  # it may have begun while nobody heard
             host.run(task)
             assert host.is_quiet()
             gate.touch()
@@ -224,6 +225,7 @@ class TestCut:
             host.run(occupy(str(gate)), "new")
             host.wait("new", "task_started")
             assert host.resume("listed", more=True) == {"alive": ["listed"]}
+            assert host.event()["type"] == "task_started"
             assert not (tmp_path / "unlisted").exists()
             assert host.resume(more=False) == {}
             wait_until((tmp_path / "unlisted").exists)

@@ -180,6 +180,10 @@ class Dispatcher:
     def _resume(self, host: Host, command: Resume) -> None:
         state, ended, stopped = host.resume(command, self._loop.time())
         host.connection.send_first(encode(state))
+        for run_id in state["alive"]:  # it may have begun while nobody heard
+            run = host.runs.get(run_id)
+            if run is not None and run.state is RunState.RUNNING:
+                host.connection.send(life_event(run.run_id, run.task_id, started=True))
         for kept in ended:
             self._tell_end(kept.run, kept.event)
         self._stop_jobs(stopped)

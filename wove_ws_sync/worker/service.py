@@ -38,7 +38,8 @@ _wire_logger.setLevel(logging.WARNING)
 
 _DEFAULT_MAX_MESSAGE = 256 * 1024 * 1024
 _PING_INTERVAL = 20.0
-_PING_TIMEOUT = 60.0
+#: More than the minute for which a host may be suspended without losing its connection.
+_PING_TIMEOUT = 75.0
 _READ_BYTES = 64 * 1024
 
 
