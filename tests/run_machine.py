@@ -34,9 +34,15 @@ class Receipt:
     started: bool = False
     sent_at: float | None = None
 
+    withdrawn: bool = False
+
     @property
     def maybe_sent(self) -> bool:
         return self.sent_at is not None
+
+    def withdraw(self) -> bool:
+        self.withdrawn = self.withdrawn or not self.started
+        return self.withdrawn
 
 
 class Runs(RuleBasedStateMachine):
@@ -199,7 +205,7 @@ class Runs(RuleBasedStateMachine):
             lost, self.generation = self.generation, self.generation + 1
         carried = [run for run in self.alive() if run.generation == lost]
         others = {run.run_id: run.state for run in self.alive() if run.generation != lost}
-        before = {run.run_id: (run.maybe_executed, run.state, run.attempt, run.cuts) for run in carried}
+        before = {run.run_id: (run.maybe_seen, run.state, run.attempt, run.cuts) for run in carried}
         self.expect_losses(
             self.table.lost(lost, Loss(1006, "gone"), self.now, None if window is None else self.now + window)
         )
@@ -238,7 +244,7 @@ class Runs(RuleBasedStateMachine):
     def resume(self, answer: list[str]) -> None:
         """The worker is there again and says what it has, of some runs or all."""
         limbo = self.table.limbo()
-        self.table.resuming(self.now + 5.0)
+        self.table.resuming(self.now + 5.0, self.now)
         notice: dict[str, Any] = {"alive": ["nobody", 7], "finished": None}
         for run_id, what in zip(limbo, answer, strict=False):
             notice.setdefault(what, None)
@@ -247,9 +253,11 @@ class Runs(RuleBasedStateMachine):
         self.apply(self.table.resumed(notice, self.now, self.generation))
         for run_id, what in zip(limbo, answer, strict=False):
             run = self.registered[run_id]
-            if what in ("alive", "finished"):
+            if what in ("alive", "finished") and not run.terminal:
                 kept = before[run_id] if before[run_id] is RunState.CANCELLING else RunState.RUNNING
                 assert (run.state, run.generation) == (kept, self.generation)
+            elif what == "alive":
+                raise AssertionError("a run that is alive ended")
             else:
                 assert run.terminal or run.state is RunState.QUEUED
         for run_id in limbo[len(answer) :]:

@@ -27,7 +27,6 @@ from ._condition import Condition
 from ._reconnect import Reconnect
 from ._tell import host_log, note, tell
 from .connection import Connection
-from .errors import ConnectionLost
 from .options import LinkOptions
 from .runs import CancelAtWorker, Deliver, Effect, Run, RunTable
 from .timing import Clock, Deadline
@@ -105,6 +104,8 @@ class LinkCore:
         self._generation = 0
         # The instance that the newest connection reached; runs can only be resumed there.
         self._worker = ""
+        # Those who wait for room in the send buffer, in order.
+        self._crowd: deque[object] = deque()
         # Those who wait for a connection.
         self._connecting: set[object] = set()
         self._idle_since = self._clock.monotonic()
@@ -171,12 +172,13 @@ class LinkCore:
         limit = connection.transport.peer_max_message_bytes
         while ready := self._table.take_ready():  # a run that fails here gives its slot to another
             for run in ready:
-                if limit is not None and len(run.message) > limit:
-                    effects += self._table.fail(run, too_large(run.run_id, len(run.message), limit))
+                message = frames.with_attempt(run.message, run.attempt)
+                if limit is not None and len(message) > limit:
+                    effects += self._table.fail(run, too_large(run.run_id, len(message), limit))
                 elif run.needs is not None and not connection.offers(run.needs):
                     effects += self._table.fail(run, _unsupported(run.run_id, run.needs))
                 else:
-                    parcel = Parcel(frames.with_attempt(run.message, run.attempt))
+                    parcel = Parcel(message)
                     self._table.sent(run, parcel, now, connection.generation)
                     connection.transport.post(parcel)
         return effects
@@ -205,14 +207,11 @@ class LinkCore:
 
     def _act(self, effect: Effect) -> None:
         run = effect.run
-        if not isinstance(effect, Deliver):
+        if isinstance(effect, Deliver):
+            tell(run, effect.event, self._extra("event", run.run_id), own_thread=self.in_own_thread())
+            self._table.told(run)
+        else:
             self._tell_worker(run, effect.generation, cancel=isinstance(effect, CancelAtWorker))
-            return
-        error = effect.event.get("exception")
-        if isinstance(error, ConnectionLost):
-            error.maybe_executed = error.maybe_executed or run.maybe_executed
-        tell(run, effect.event, self._extra("event", run.run_id), own_thread=self.in_own_thread())
-        self._table.told(run)
 
     def _mend(self) -> None:
         """Put in order what an exception left half done that struck in this thread; hold no lock."""
@@ -223,23 +222,20 @@ class LinkCore:
             if connection is not None and connection.transport is not None:
                 for run in self._table.of_all():
                     parcel = run.receipt
-                    if run.generation == connection.generation and isinstance(parcel, Parcel):
-                        unsent = connection.transport.withdraw(parcel) or not parcel.started
-                        if unsent:
-                            connection.transport.post(parcel)
+                    if run.generation != connection.generation or not isinstance(parcel, Parcel):
+                        continue
+                    if not (parcel.queued or parcel.started):
+                        connection.transport.post(parcel)
             self._follow_up(effects)
             moment = self._next_decision()
         self._apply(effects)
         self._mind(moment)
 
     def _tell_worker(self, run: Run, generation: int | None, *, cancel: bool) -> None:
-        """Take a run back, or tell the worker that has it to cancel it or to let go of it."""
+        """Tell the worker that has a run to cancel it, or to let go of it."""
         connection = None if generation is None else self._live.get(generation)
-        if run.receipt is None or connection is None or connection.transport is None:
+        if connection is None or connection.transport is None:
             return  # a worker that comes back learns what is wanted from the list of those that are
-        if isinstance(run.receipt, Parcel) and connection.transport.withdraw(run.receipt):
-            return
-        run.answered = True  # it left, or is about to
         if cancel:
             command = {
                 "type": "cancel_task",

@@ -19,7 +19,7 @@ from ._reconnect import is_final
 from ._tell import host_log, note
 from .connection import Connection
 from .errors import ExecutorClosed
-from .runs import Effect, Loss, connection_lost
+from .runs import Effect, Loss, Run, connection_lost
 from .timing import Deadline
 from .transport import Transport, TransportClosed
 
@@ -141,10 +141,11 @@ class LinkThreads(LinkCore):
         known = connection.offers("resume") and worker == self._worker
         self._worker = worker
         if not known:
-            return self._table.forsake()
+            asked = any(each.awaits_answers() for each in self._live.values())
+            return [] if asked else self._table.forsake()
         self._counts["resumes"] += 1
-        self._table.resuming(now + _RESUME_PATIENCE)
-        connection.resume(self._table.limbo())
+        self._table.resuming(now + _RESUME_PATIENCE, now)
+        connection.resume(self._table.limbo(), _RESUME_PATIENCE)
         return []
 
     def _take(self, connection: Connection, message: bytes | bytearray) -> None:
@@ -162,21 +163,21 @@ class LinkThreads(LinkCore):
             self._counts["events"] += len(decoded.events)
             for reason in decoded.ignored:
                 self._table.dropped[reason] += 1
-            if decoded.events:
-                self._reconnect.proven()
             for event in decoded.events:
                 if event["type"] in frames.NOTICES:
                     effects += self._take_notice(connection, event, now)
                     continue
+                if self._connection is connection:
+                    self._reconnect.proven()
                 elsewhere = self._table.waits_elsewhere(event["run_id"], connection.generation)
                 if event["type"] in frames.TERMINAL_EVENTS and not elsewhere:
                     arrived.append(event["run_id"])
                 effects += self._table.receive(event, now, connection.generation)
             self._follow_up(effects)
-            empty = connection.draining and not self._table.carried(connection.generation)
-            waiting = (
-                self._connection is None and self._state is LinkState.DRAINING and self._table.homeless()
-            )
+            asked = connection.awaits_answers()
+            empty = connection.draining and not asked and not self._table.carried(connection.generation)
+            homeless = self._connection is None and self._state not in OVER and self._table.homeless()
+            waiting = homeless and not asked
             moment = self._next_decision()
         connection.acknowledge(arrived)
         self._apply(effects)
@@ -189,6 +190,7 @@ class LinkThreads(LinkCore):
     def _take_notice(self, connection: Connection, notice: dict[str, Any], now: float) -> list[Effect]:
         """Apply what a worker says of itself. Hold ``_state_lock``."""
         if notice["type"] == "resume_state" and connection.offers("resume"):
+            connection.unanswered = max(0, connection.unanswered - 1)
             return self._table.resumed(notice, now, connection.generation)
         if notice["type"] == "draining" and connection.offers("drain"):
             if not connection.draining and self._connection is connection and self._state not in OVER:
@@ -204,6 +206,10 @@ class LinkThreads(LinkCore):
     def _start_again(self) -> None:
         """Dial for runs that a worker that stops will not take."""
         try:
+            with self._state_lock:
+                refusal = self._reconnect.refusal(self._clock.monotonic())
+            if refusal is not None:
+                raise refusal
             self._start()
         except Exception as exc:  # no descriptor, no thread
             with self._state_lock:
@@ -235,6 +241,8 @@ class LinkThreads(LinkCore):
                 effects += self._table.lost(connection.generation, loss, now, limbo_until)
                 if current:
                     self._reconnect.lost(now, connection.up_since)
+                elif connection.awaits_answers():  # which will not come any more
+                    effects += self._table.forsake()
             else:
                 connection.error = exc
                 if is_final(exc):
@@ -249,10 +257,12 @@ class LinkThreads(LinkCore):
         if lost:
             note(host_log, logging.INFO, "connection lost: %s", loss.reason, extra=self._extra("lose"))
         connection.waker.wake()
-        if successor is not None:  # before any callback: the deadlines of those who wait go on
-            with contextlib.suppress(RuntimeError):  # no thread to be had: every run was told
-                self._begin(successor)
-        self._apply(effects)
+        try:
+            if successor is not None:  # before any callback: the deadlines of those who wait go on
+                with contextlib.suppress(RuntimeError):  # no thread to be had: every run was told
+                    self._begin(successor)
+        finally:
+            self._apply(effects)
 
     def _limbo_until(self, connection: Connection, now: float) -> float | None:
         """Return until when the worker may give back its runs, None for not at all. Hold ``_state_lock``."""
@@ -306,19 +316,26 @@ class LinkThreads(LinkCore):
         patient = self._reconnect.worth_waiting(dial_at)
         effects: list[Effect] = []
         for run in self._table.homeless():
-            if refused or not (patient or run.in_limbo or run.deadline.at is not None):
-                if run.in_limbo:
-                    error: BaseException = connection_lost(run, run.loss)
-                else:
-                    lost = isinstance(exc, TransportClosed)
-                    error = connection_lost(run, loss) if lost else same_error(exc)
-                effects += self._table.fail(run, error)
+            limited = run.deadline.at is not None or run.limbo_until is not None
+            if refused or not (patient or limited):
+                effects += self._table.fail(run, self._error_for(run, exc, loss))
         return effects
+
+    def _error_for(self, run: Run, exc: BaseException, loss: Loss) -> BaseException:
+        """Return why *run* ends with the dial that failed, or the connection that ended, with *exc*."""
+        if run.in_limbo or run.attempt > 1:
+            error = connection_lost(run, run.loss)
+            error.__cause__ = same_error(exc)
+            return error
+        return connection_lost(run, loss) if isinstance(exc, TransportClosed) else same_error(exc)
 
     def _fail_homeless(self, exc: BaseException) -> list[Effect]:
         """End whoever waits for a connection. Hold ``_state_lock``."""
-        runs = self._table.homeless()
-        return [effect for run in runs for effect in self._table.fail(run, same_error(exc))]
+        return [
+            effect
+            for run in self._table.homeless()
+            for effect in self._table.fail(run, self._error_for(run, exc, Loss()))
+        ]
 
     # -- the watchdog thread -----------------------------------------------------
 
@@ -365,9 +382,9 @@ class LinkThreads(LinkCore):
         with self._state_lock:
             effects = self._table.tick(now, floor)
             self._follow_up(effects)
-        self._apply(effects)
         connection.check(self.options, now, behind=behind)
         self._dial_if_due(connection, now)
+        self._apply(effects)  # last: a callback may take its time
         self._close_if_idle(connection, now)
 
     def _close_if_idle(self, connection: Connection, now: float) -> None:
@@ -375,7 +392,9 @@ class LinkThreads(LinkCore):
             if self._connection is not connection or not Deadline(self._idle_until()).expired(now):
                 return
             self._set_state(LinkState.CLOSING)
-        connection.say_goodbye()
+            leaving = list(self._live.values())
+        for each in leaving:
+            each.say_goodbye()
         assert connection.reader is not None
         connection.reader.join(self.options.close_timeout)
         connection.cut("idle")

@@ -140,15 +140,20 @@ class MemoryTransport:
         """Return the size of what has not left."""
         return sum(len(parcel.data) for parcel in self._queue)
 
-    def post(self, message: bytes | Parcel) -> None:
+    def post(self, message: bytes | Parcel) -> Parcel:
         """Queue one message."""
-        self._queue.append(message if isinstance(message, Parcel) else Parcel(message))
+        parcel = message if isinstance(message, Parcel) else Parcel(message)
+        parcel.outbox = self
+        self._queue.append(parcel)
+        parcel.queued = True
+        return parcel
 
     def withdraw(self, parcel: Parcel) -> bool:
         """Take a message back that has not left."""
         with self._changed:
-            if parcel.started or parcel not in self._queue:
+            if not parcel.queued:
                 return False
+            parcel.queued = False
             self._queue.remove(parcel)
             return True
 
@@ -161,7 +166,7 @@ class MemoryTransport:
                 raise self._end
             while self._queue:
                 parcel = self._queue.popleft()
-                parcel.started = True
+                parcel.queued, parcel.started = False, True
                 parcel.sent_at = self._clock.monotonic()
                 self._sent.append(json.loads(parcel.data))
             self._end = self._goodbye

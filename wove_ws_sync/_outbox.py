@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import Protocol
 
 import websocket
 
@@ -23,6 +24,13 @@ _FRAGMENT_BYTES = 1024 * 1024
 _BATCH_BYTES = 64 * 1024
 
 
+class Withdrawing(Protocol):
+    """Something that messages wait in."""
+
+    def withdraw(self, parcel: Parcel) -> bool:
+        """Take *parcel* out; False if it is not there any more."""
+
+
 class Parcel:
     """One outgoing message, and how far it got: not ``started``, ``started``, ``sent``.
 
@@ -30,10 +38,13 @@ class Parcel:
     the kernel, None before. ``data`` is empty once the wire has all of it.
     """
 
-    __slots__ = ("at_risk", "data", "sent_at", "size", "started")
+    __slots__ = ("at_risk", "data", "outbox", "queued", "sent_at", "size", "started")
 
     def __init__(self, data: bytes) -> None:
         self.data = data
+        # Who has it in line, if anybody; "queued" is false again when it is taken out of there.
+        self.outbox: Withdrawing | None = None
+        self.queued = False
         self.size = len(data)
         self.started = False
         self.sent_at: float | None = None
@@ -51,6 +62,10 @@ class Parcel:
         """Tell whether the peer may have seen all of it. False is certain, whoever asks and when."""
         return self.at_risk or self.sent_at is not None
 
+    def withdraw(self) -> bool:
+        """Take the message back; False if a byte of it may have left, or is about to. Any thread, no I/O."""
+        return self.outbox is not None and self.outbox.withdraw(self)
+
 
 class Outbox:
     """Order what a connection sends: control frames first, between fragments too, then messages.
@@ -61,9 +76,10 @@ class Outbox:
 
     def __init__(self) -> None:
         self.queued_bytes = 0
-        # Guards _queue and queued_bytes. Reentrant: finalizers and signal handlers may post.
+        # Guards _queue, _withdrawn and queued_bytes. Reentrant: finalizers and signal handlers may post.
         self._lock = threading.RLock()
         self._queue: deque[Parcel] = deque()
+        self._withdrawn = 0
         # The newest control frame of each kind, so that a flood of pings costs no memory. No lock:
         # one dict operation at a time.
         self._control: dict[int, bytes] = {}
@@ -77,18 +93,24 @@ class Outbox:
 
     def post(self, parcel: Parcel) -> None:
         """Queue one message."""
+        parcel.outbox = self
         with self._lock:
             self._queue.append(parcel)
+            parcel.queued = True  # last: what an exception keeps from being so is not sent
             self.queued_bytes += parcel.size
 
     def withdraw(self, parcel: Parcel) -> bool:
         """Take *parcel* out of the queue; False if it is not there any more."""
         with self._lock:
-            try:
-                self._queue.remove(parcel)
-            except ValueError:
+            if not parcel.queued:
                 return False
+            parcel.queued = False  # its place in the queue is passed over
+            parcel.data = b""
             self.queued_bytes -= parcel.size
+            self._withdrawn += 1
+            if self._withdrawn > 64 + len(self._queue) // 2:
+                self._queue = deque(one for one in self._queue if one.queued)
+                self._withdrawn = 0
         return True
 
     def control(self, opcode: int, payload: bytes) -> None:
@@ -133,9 +155,11 @@ class Outbox:
                 return format_frame(opcode, payload)
         if self._current is None:
             with self._lock:
-                if self._queue:
-                    self._current, self._offset = self._queue.popleft(), 0
-                    self._current.started = True  # here, so that what is not queued is not to be sent
+                while self._queue and self._current is None:
+                    parcel = self._queue.popleft()
+                    if parcel.queued:
+                        parcel.queued, parcel.started = False, True
+                        self._current, self._offset = parcel, 0
         if self._current is not None:
             return self._next_fragment(self._current)
         if self._goodbye is not None:

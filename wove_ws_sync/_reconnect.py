@@ -18,6 +18,8 @@ __all__ = ["Reconnect", "is_final"]
 
 # A connection that lasted so many seconds was a good one, whatever came over it.
 _STABLE = 10.0
+# So many seconds at least a run without a deadline waits for any worker to be reached again.
+_LEAST_PATIENCE = 10.0
 # So many seconds nobody is asked again who said no for good.
 _COOL_DOWN = 5.0
 # A worker that wants more time than this, in seconds, to stop gets no more patience for it.
@@ -28,7 +30,7 @@ class Reconnect:
     """*spread* returns a random number from [-1, 1] for each delay's jitter."""
 
     def __init__(self, options: LinkOptions, spread: Callable[[], float]) -> None:
-        self._window = options.resume_window
+        self._patience = max(options.resume_window, _LEAST_PATIENCE)
         self._backoff = Backoff(options.reconnect_initial_delay, options.reconnect_max_delay)
         self._spread = spread
         # Dials in a row that brought nothing.
@@ -44,12 +46,12 @@ class Reconnect:
     def lost(self, now: float, up_since: float) -> None:
         """Note that a connection was lost."""
         if self._patient_until is None or now >= up_since + _STABLE:
-            self._failures, self._patient_until = 0, now + self._window
+            self._failures, self._patient_until = 0, now + self._patience
 
     def draining(self, now: float, timeout: Any) -> None:
         """Note that the worker says it stops within *timeout* seconds, to be replaced by another."""
         plain = isinstance(timeout, int | float) and 0 <= timeout <= _LONGEST_DRAIN
-        self._failures, self._patient_until = 0, now + self._window + (timeout if plain else 0.0)
+        self._failures, self._patient_until = 0, now + self._patience + (timeout if plain else 0.0)
 
     def next_dial(self, exc: BaseException, now: float) -> float:
         """Return when to dial after *exc*, a server's own wish included, and count the failure."""

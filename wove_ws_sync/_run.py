@@ -65,6 +65,9 @@ class Receipt(Protocol):
     def maybe_sent(self) -> bool:
         """Tell whether the last byte may have left, noted or not."""
 
+    def withdraw(self) -> bool:
+        """Take the message back; False if a byte of it may have left, or is about to."""
+
 
 class Loss(NamedTuple):
     """How a connection ended: the peer's close code, if it sent one, and why."""
@@ -120,9 +123,21 @@ class Run:
         return self.receipt is not None and self.generation is None
 
     @property
-    def maybe_executed(self) -> bool:
-        """Tell whether the whole run had left this process, so that a worker may have seen it."""
+    def maybe_seen(self) -> bool:
+        """Tell whether a worker may have seen the whole of the present delivery."""
         return self.answered or (self.receipt is not None and self.receipt.maybe_sent)
+
+    @property
+    def maybe_executed(self) -> bool:
+        """Tell whether a worker may have seen the whole of any delivery."""
+        return self.attempt > 1 or self.maybe_seen
+
+    def withdraw(self) -> bool:
+        """Take the run back; False if a worker has seen it, or is about to."""
+        if self.receipt is None or self.receipt.withdraw():
+            return True
+        self.answered = True
+        return False
 
 
 class Deliver(NamedTuple):
@@ -133,17 +148,14 @@ class Deliver(NamedTuple):
 
 
 class CancelAtWorker(NamedTuple):
-    """Take the run back from the transport's queue or, once it left, send ``cancel_task``.
-
-    *generation* is that of the connection which carried it when this was decided.
-    """
+    """Send ``cancel_task`` by the connection number *generation*, which carried the run."""
 
     run: Run
     generation: int | None
 
 
 class DetachAtWorker(NamedTuple):
-    """Let go of the run at the worker, which keeps its result; as :class:`CancelAtWorker` otherwise."""
+    """Have the worker let go of the run and keep its result; as :class:`CancelAtWorker` otherwise."""
 
     run: Run
     generation: int | None

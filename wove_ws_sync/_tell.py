@@ -30,12 +30,16 @@ def tell(run: Run, event: dict[str, Any], extra: Mapping[str, Any], *, own_threa
         _forward(run, event)
     try:
         run.sink(event)
-        if kind in TERMINAL_EVENTS:
-            run.sink = _nobody  # its alarm may lie in the table for long, with all that the sink holds
     except BaseException as exc:  # a done-callback may call sys.exit()
         if not isinstance(exc, Exception) and not own_thread:
             raise
         note(host_log, logging.ERROR, "a receiver of events failed", exc_info=True, extra=extra)
+        if kind in TERMINAL_EVENTS and not own_thread:
+            # It may have been a signal handler, which struck before the receiver had it.
+            with contextlib.suppress(Exception):
+                run.sink(event)
+    if kind in TERMINAL_EVENTS:  # its alarm may lie in the table for long, with all that these hold
+        run.sink, run.receipt = _nobody, None
 
 
 def note(logger: logging.Logger, level: int, text: str, *args: Any, **details: Any) -> None:

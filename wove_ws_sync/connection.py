@@ -44,6 +44,9 @@ class Connection:
         self.close_reason = ""
         # The worker has said that it stops: it finishes what it has.
         self.draining = False
+        # How many answers to resume are still to come, and until when they are waited for.
+        self.unanswered = 0
+        self._answers_by = 0.0
         # Set when both threads are gone and the descriptors are given back.
         self.over = threading.Event()
         self.reader: threading.Thread | None = None
@@ -82,7 +85,6 @@ class Connection:
 
         *given_up* is asked once a second whether the message was taken back meanwhile.
         """
-        assert self.transport is not None
         while not parcel.sent and not given_up():
             remaining = deadline.remaining(self._clock.monotonic())
             if remaining == 0.0:
@@ -141,13 +143,19 @@ class Connection:
 
     # -- extensions --------------------------------------------------------------
 
-    def resume(self, run_ids: Sequence[str]) -> None:
-        """Ask what became of runs that an earlier connection carried."""
+    def resume(self, run_ids: Sequence[str], patience: float) -> None:
+        """Ask what became of runs that an earlier connection carried, and give the worker time to answer."""
         assert self.transport is not None
         lists = list(_lists(run_ids))
+        self.unanswered = len(lists)
+        self._answers_by = self._clock.monotonic() + patience
         for position, some in enumerate(lists):
             frame = {"type": "resume", "run_ids": some, "more": position + 1 < len(lists)}
             self.transport.post(frames.encode(frame))
+
+    def awaits_answers(self) -> bool:
+        """Tell whether the worker may still say what it has of the runs it was asked for."""
+        return self.unanswered > 0 and self._clock.monotonic() < self._answers_by
 
     def acknowledge(self, run_ids: Sequence[str]) -> None:
         """Tell the worker, soon, that terminal events have arrived. Reader thread only."""

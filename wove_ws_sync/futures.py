@@ -37,8 +37,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 # So many messages of map() share a system call, while the worker begins with the ones before.
 _TOGETHER = 32
-# How long a cancelled run may be on its way from the link to its future, in seconds.
-_PATIENCE = 1.0
 _CANCELLED = concurrent.futures._base.CANCELLED
 _DELIVERY_KEYS = frozenset(field.name for field in dataclasses.fields(DeliveryOptions))
 
@@ -97,34 +95,16 @@ class RunFuture(concurrent.futures.Future[_T]):
         """
         self._check_process()
         if not self.done() and self._session is not None:
-            self._cancel_at(self._session)
+            self._session.cancel(self.run_id)
             if not self._in_links_thread() and not exiting():
-                self._await_cancelled(self._session)
+                self._await_end(None)
         return self.cancelled()
 
     def _ask_to_cancel(self) -> None:
         """Cancel without waiting for an acknowledgement."""
         self._unwanted = True  # for a submit() that is still pickling
         if not self.done() and self._session is not None:
-            self._cancel_at(self._session)
-
-    def _cancel_at(self, session: Session) -> None:
-        try:
-            session.cancel(self.run_id)
-        except BaseException:  # Ctrl-C, say, when the link had let the run go and told nobody
-            session.cancel(self.run_id)
-            self._end_if_forgotten(session)
-            session.link.flush()
-            raise
-
-    def _await_cancelled(self, session: Session) -> None:
-        while not self._await_end(_PATIENCE):
-            # What a signal handler raised may have been taken for a callback's fault, and logged.
-            self._end_if_forgotten(session)
-
-    def _end_if_forgotten(self, session: Session) -> None:
-        if session.link.find(self.run_id) is None:
-            self._on_event({"type": "task_cancelled", "run_id": self.run_id})
+            self._session.cancel(self.run_id)
 
     def _cancel_soon(self) -> None:
         """Cancel from a finalizer: takes no lock."""
@@ -520,8 +500,6 @@ class WebSocketExecutor(concurrent.futures.Executor):
                     future._ask_to_cancel()
         if wait and not exiting() and not any(future._in_links_thread() for future in pending):
             for future in pending:
-                if future._unwanted and future._session is not None:
-                    future._await_cancelled(future._session)
                 future._await_end(None)
 
 

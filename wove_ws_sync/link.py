@@ -34,9 +34,7 @@ class Link(LinkThreads):
 
     def __repr__(self) -> str:
         counts = {**self._counts, **self._table.counts}
-        told = "".join(
-            f" {key}={counts[key]}" for key in ("losses", "resumes", "requeues") if counts.get(key)
-        )
+        told = "".join(f" {name}={counts[name]}" for name in _TOLD if counts.get(name))
         return (
             f"<Link {self.options.host}:{self.options.port} {self._state.name} runs={len(self._table)} "
             f"sessions={len(self._sessions)} generation={self._generation}{told}>"
@@ -130,8 +128,7 @@ class Link(LinkThreads):
         own_thread = self.in_own_thread()
         run.deadline = Deadline.after(run.delivery.delivery_timeout, self._clock.monotonic())
         try:
-            effects, moment = self._register(run, block=block and not own_thread)
-            connection = self._connection
+            effects, moment, connection = self._register(run, block=block and not own_thread)
             self._mind(moment)
             if effects:
                 self._apply(effects)
@@ -144,8 +141,9 @@ class Link(LinkThreads):
             raise
         if connection is None:
             return
-        if wait and isinstance(run.receipt, Parcel) and not own_thread:
-            connection.push(run.receipt, run.deadline, lambda: run.terminal)
+        parcel = run.receipt
+        if wait and isinstance(parcel, Parcel) and not own_thread:
+            connection.push(parcel, run.deadline, lambda: run.terminal)
         elif wait or flush:
             connection.flush()
 
@@ -158,44 +156,60 @@ class Link(LinkThreads):
             self._apply(effects)
             raise
 
-    def _register(self, run: Run, *, block: bool) -> tuple[list[Effect], float | None]:
+    def _register(self, run: Run, *, block: bool) -> tuple[list[Effect], float | None, Connection | None]:
         """Take *run* into the table, once there is room for it, and post it if it may go."""
-        while True:
-            with self._state_lock:
-                now = self._clock.monotonic()
-                if self._state in OVER:
-                    raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
-                late = run.deadline.expired(now)
-                if not block or late or self._has_room(len(run.message)):
-                    self._table.register(run, now)
-                    if late:
-                        effects = self._table.judge(run, now)
-                    elif (refusal := self._reconnect.refusal(now)) is not None and self._connection is None:
-                        effects = self._table.fail(run, same_error(refusal))
-                    else:
-                        effects = self._post_ready(now)
-                    return effects, self._next_decision()
-            self._wait_for_room(run)
+        ticket = object()  # whoever comes first gets the first room, however much it needs
+        try:
+            while True:
+                with self._state_lock:
+                    now = self._clock.monotonic()
+                    if self._state in OVER:
+                        raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
+                    late = run.deadline.expired(now)
+                    if not block or late or self._has_room(len(run.message), ticket):
+                        self._table.register(run, now)
+                        effects = self._decide(run, now, late=late)
+                        return effects, self._next_decision(), self._connection
+                    if ticket not in self._crowd:
+                        self._crowd.append(ticket)
+                self._wait_for_room(run, ticket)
+        finally:
+            if ticket in self._crowd:
+                self._crowd.remove(ticket)
+                self._changed.notify_all()
+
+    def _decide(self, run: Run, now: float, *, late: bool) -> list[Effect]:
+        """Let a run go that was just taken in, if it may. Hold ``_state_lock``."""
+        if late:
+            return self._table.judge(run, now)
+        refusal = self._reconnect.refusal(now) if self._connection is None else None
+        if refusal is not None:
+            return self._table.fail(run, same_error(refusal))
+        return self._post_ready(now)
 
     def has_room(self, size: int) -> bool:
         """Tell whether a message of *size* bytes would be taken in without waiting."""
         with self._state_lock:
-            return self._has_room(size)
+            return self._has_room(size, None)
 
-    def _has_room(self, size: int) -> bool:
+    def _has_room(self, size: int, ticket: object) -> bool:
         """A message larger than the whole buffer has room when it is empty. Hold ``_state_lock``."""
+        if self._crowd and self._crowd[0] is not ticket:
+            return False
         buffered = self._table.buffered
         return not buffered or buffered + size <= self.options.send_buffer_bytes
 
-    def _wait_for_room(self, run: Run) -> None:
+    def _wait_for_room(self, run: Run, ticket: object) -> None:
         """Wait a while for the workers to take what is buffered."""
         self.flush()  # what was submitted without flush is part of it
         self.count("waits_for_room")
         remaining = run.deadline.remaining(self._clock.monotonic())
-        self._changed.until(
-            lambda: self._state in OVER or self.has_room(len(run.message)),
-            _PATIENCE if remaining is None else min(remaining, _PATIENCE),
-        )
+
+        def there_is() -> bool:
+            with self._state_lock:
+                return self._state in OVER or self._has_room(len(run.message), ticket)
+
+        self._changed.until(there_is, _PATIENCE if remaining is None else min(remaining, _PATIENCE))
 
     def find(self, run_id: str) -> Run | None:
         """Return the run if it is on its way."""
@@ -235,6 +249,8 @@ class Link(LinkThreads):
             self._connecting.discard(waiter)
         if connection.error is not None:
             raise same_error(connection.error)
+        if self._state in OVER:
+            raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
 
     def _decided(self, connection: Connection) -> bool:
         with self._state_lock:

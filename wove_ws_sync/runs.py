@@ -49,6 +49,8 @@ __all__ = [
 
 # So many connections may end inside one message before the message is taken for the reason.
 _MAX_CUTS = 3
+# So many may end where a message was sent, or a result was to come, and nothing of the run arrived.
+_MAX_FUTILE = 10
 # From its third delivery on, a run that has only one left goes alone.
 _MAX_SHARED = 2
 
@@ -120,15 +122,24 @@ class RunTable:
         run.deadline = run.deadline.earliest(Deadline.after(run.delivery.delivery_timeout, now))
         run.life = now
         self._runs[run.run_id] = run
+        self._sweep(self._ready)
         self.buffered += len(run.message)
         limit = run.delivery.delivery_max_in_flight
         if limit is None:
             self._ready.append(run)
         else:
             slots = self._slots.setdefault((run.session, limit), _Slots())
+            self._sweep(slots.waiting)
             slots.waiting.append(run)
             self._fill_slots(slots, limit)
         self._set_alarm(run, now)
+
+    def _sweep(self, line: deque[Run]) -> None:
+        """Drop what has ended from a line that nobody takes from for long."""
+        if len(line) > 64 + 2 * len(self._runs):
+            waiting = [run for run in line if not run.terminal]
+            line.clear()
+            line.extend(waiting)
 
     @property
     def has_ready(self) -> bool:
@@ -169,6 +180,7 @@ class RunTable:
         run.life = now
         run.answered = True
         if event["type"] not in TERMINAL_EVENTS:
+            run.cuts = 0
             if event["type"] == "task_started" and run.delivery.delivery_orphan_policy != "requeue":
                 self._forget_message(run)  # it will not be sent again, whatever comes
             if run.state is RunState.SENT and event["type"] != "log":
@@ -214,10 +226,11 @@ class RunTable:
         """
         if run.terminal or run.state is RunState.CANCELLING:
             return []
-        unsent = run.receipt is None or not run.receipt.started
-        if unsent or run.delivery.delivery_cancel_mode == "best_effort":
+        if run.withdraw():
+            return self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=run.attempt == 1))
+        if run.delivery.delivery_cancel_mode == "best_effort":
             command = CancelAtWorker(run, run.generation)
-            return [command, *self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=unsent))]
+            return [command, *self._finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))]
         return self._await_ack(run, now, run.deadline.earliest(Deadline(now + self._cancel_ack_timeout)))
 
     # -- time --------------------------------------------------------------------
@@ -267,8 +280,9 @@ class RunTable:
         else:
             return []
         run.timeout = DeliveryTimeout(text, run_id=run.run_id)
-        left = run.receipt is not None and run.receipt.started and not run.in_limbo
-        if left and run.delivery.delivery_cancel_mode == "require_ack":
+        if run.withdraw():
+            return self._time_out(run)
+        if run.delivery.delivery_cancel_mode == "require_ack" and not run.in_limbo:
             return self._await_ack(run, now, Deadline(now + self._cancel_ack_timeout))
         return [CancelAtWorker(run, run.generation), *self._time_out(run)]
 
@@ -306,10 +320,12 @@ class RunTable:
         worker keeps nothing); then its orphan policy decides.
         """
         effects: list[Effect] = []
+        for run in self.homeless():
+            self._wait_in_limbo(run, run.limbo_until, now)
         for run in [run for run in self._runs.values() if run.generation == generation]:
             run.loss = loss
             self._carry(run, None)
-            if not run.maybe_executed and run.state is not RunState.CANCELLING:
+            if not run.maybe_seen and run.state is not RunState.CANCELLING:
                 # A message inside which connection after connection ends is what ends them.
                 run.cuts += run.receipt is not None and run.receipt.started
                 if run.cuts > _MAX_CUTS:
@@ -320,41 +336,60 @@ class RunTable:
                 effects += self._give_up(run)
             elif run.state is not RunState.CANCELLING:  # which keeps its own time
                 run.state = RunState.LIMBO
-                run.limbo_until = limbo_until
-                self._set_alarm(run, now)
+                self._wait_in_limbo(run, limbo_until, now)
         return effects
+
+    def _wait_in_limbo(self, run: Run, until: float | None, now: float) -> None:
+        """Bound the wait, but for what is to be delivered again: that has to ask first, whenever that is."""
+        run.limbo_until = None if run.delivery.delivery_orphan_policy == "requeue" else until
+        self._set_alarm(run, now)
 
     def limbo(self) -> list[str]:
         """Return the ids of the runs whose connection is lost and that the worker may still have."""
         return [run.run_id for run in self.homeless() if run.in_limbo]
 
-    def resuming(self, until: float) -> None:
-        """Let what is in limbo wait for the worker's answer."""
+    def resuming(self, until: float, now: float) -> None:
+        """Let what is in limbo wait for the worker's answer, until that moment at least."""
         for run in self.homeless():
-            if run.limbo_until is not None:
-                run.limbo_until = max(run.limbo_until, until)
+            if run.in_limbo and run.state is not RunState.CANCELLING:
+                run.limbo_until = max(run.limbo_until or until, until)
+                self._set_alarm(run, now)
 
     def resumed(self, notice: dict[str, Any], now: float, generation: int) -> list[Effect]:
         """Apply one ``resume_state``: the worker has a run, never saw it, or cannot say."""
         effects: list[Effect] = []
-        for run in self._limbo_of(notice.get("alive"), notice.get("finished")):
-            self._carry(run, generation)
-            run.life, run.limbo_until, run.answered = now, None, True
-            self.counts["resumed_runs"] += 1
-            if run.state is RunState.CANCELLING:
-                effects.append(CancelAtWorker(run, generation))
-            else:
-                run.state = RunState.RUNNING
-                self._set_alarm(run, now)
+        for run in self._limbo_of(notice.get("alive")):
+            effects += self._found(run, now, generation)
+        for run in self._limbo_of(notice.get("finished")):
+            effects += self._futile(run) or self._found(run, now, generation)
         for run in self._limbo_of(notice.get("unknown")):
             if run.answered or run.state is RunState.CANCELLING:  # it had seen it: never mind what it says
                 effects += self._give_up(run)
+            elif futile := self._futile(run):
+                effects += futile
             else:
                 self.counts["resends"] += 1
                 self._queue_again(run)
         for run in self._limbo_of(notice.get("lost")):
             effects += self._give_up(run)
         return effects
+
+    def _found(self, run: Run, now: float, generation: int) -> list[Effect]:
+        self._carry(run, generation)
+        run.life, run.limbo_until, run.answered = now, None, True
+        self.counts["resumed_runs"] += 1
+        if run.state is RunState.CANCELLING:
+            return [CancelAtWorker(run, generation)]
+        run.state = RunState.RUNNING
+        self._set_alarm(run, now)
+        return []
+
+    def _futile(self, run: Run) -> list[Effect]:
+        """End a run whose message, or whose result, ends connection after connection."""
+        run.cuts += 1
+        if run.cuts <= _MAX_FUTILE or run.state is RunState.CANCELLING:
+            return []
+        return self._orphan(run, connection_lost(run, run.loss))
 
     def _limbo_of(self, *lists: Any) -> Iterable[Run]:
         for ids in lists:
@@ -419,7 +454,9 @@ class RunTable:
         effects: list[Effect] = []
         for run in self.of_session(session):
             policy = run.delivery.delivery_orphan_policy
-            if policy == "detach":
+            if run.withdraw():
+                pass
+            elif policy == "detach":
                 effects.append(DetachAtWorker(run, run.generation))
             elif run.state is not RunState.CANCELLING:
                 effects.append(CancelAtWorker(run, run.generation))
@@ -482,8 +519,9 @@ class RunTable:
                 run.state, run.message, run.generation = state, b"", None
                 if self._runs.get(run.run_id) is run:
                     del self._runs[run.run_id]
-                detached = run.delivery.delivery_orphan_policy == "detach"
-                effects.append((DetachAtWorker if detached else CancelAtWorker)(run, generation))
+                if not run.withdraw():
+                    detached = run.delivery.delivery_orphan_policy == "detach"
+                    effects.append((DetachAtWorker if detached else CancelAtWorker)(run, generation))
                 effects.append(Deliver(run, event))
         self._index(now)
         return effects

@@ -75,8 +75,7 @@ class Transport(Protocol):
 
     def recv(self) -> bytes | bytearray: ...
     def idle(self) -> bool: ...
-    def post(self, message: bytes | Parcel) -> None: ...
-    def withdraw(self, parcel: Parcel) -> bool: ...
+    def post(self, message: bytes | Parcel) -> Parcel: ...
     def ping(self) -> None: ...
     def close(self, code: int, reason: str) -> None: ...
     def pump(self, until: Parcel | None = None, timeout: float | None = 0.0) -> bool: ...
@@ -201,13 +200,11 @@ class WebSocketTransport:
         """Tell whether something is queued or half sent that could leave."""
         return self._failure is None and (self._wire.pending or self._outbox.waiting)
 
-    def post(self, message: bytes | Parcel) -> None:
-        """Queue one message; :meth:`pump` sends it, and a Parcel tells how far it got."""
-        self._outbox.post(message if isinstance(message, Parcel) else Parcel(message))
-
-    def withdraw(self, parcel: Parcel) -> bool:
-        """Take *parcel* out of the queue; False if a byte of it may have left."""
-        return self._outbox.withdraw(parcel)
+    def post(self, message: bytes | Parcel) -> Parcel:
+        """Queue one message and return it: it tells how far it got, and can be withdrawn."""
+        parcel = message if isinstance(message, Parcel) else Parcel(message)
+        self._outbox.post(parcel)
+        return parcel
 
     def ping(self) -> None:
         """Queue a ping. It overtakes messages, as every control frame does."""

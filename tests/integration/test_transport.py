@@ -649,14 +649,14 @@ def test_withdraw() -> None:
     with connected(script, receive_buffer=4096) as (transport, listener):
         large, second, third = (transport.post(data) for data in (b"x" * 32 * MIB, b"second", b"third"))
         assert not transport.pump(large, 0.0)
-        assert not transport.withdraw(large)
-        assert transport.withdraw(second)
-        assert not transport.withdraw(second)
+        assert not large.withdraw()
+        assert second.withdraw()
+        assert not second.withdraw()
         assert not transport.pump(second, 0.0)
         assert transport.queued_bytes == large.size + third.size
         read.set()
         assert transport.pump(third, PATIENCE)
-        assert not transport.withdraw(third)
+        assert not third.withdraw()
         assert listener.result() == (b"x" * 32 * MIB, b"third")
         assert not second.started
         assert transport.queued_bytes == 0

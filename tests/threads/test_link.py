@@ -418,7 +418,9 @@ def test_without_a_deadline_hope_ends_with_the_resume_window(make: Callable[...,
         dials = fixture.link.stats()["dials"]
         fixture.clock.advance(4.0)
         wait_for(lambda dials=dials: fixture.link.stats()["dials"] > dials)
-    assert isinstance(fixture.next()["exception"], ConnectionRefusedError)
+    error = fixture.next()["exception"]
+    assert isinstance(error, ConnectionLost) and error.maybe_executed
+    assert isinstance(error.__cause__, ConnectionRefusedError)
 
 
 def test_f4_a_fatal_answer_ends_whoever_waits(make: Callable[..., Fixture]) -> None:
@@ -431,7 +433,8 @@ def test_f4_a_fatal_answer_ends_whoever_waits(make: Callable[..., Fixture]) -> N
     lost.hang_up()
     wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.clock.advance(1.0)
-    assert isinstance(fixture.next()["exception"], AuthenticationRejected)
+    error = fixture.next()["exception"]
+    assert isinstance(error, ConnectionLost) and isinstance(error.__cause__, AuthenticationRejected)
     assert fixture.link.state is LinkState.FATAL
     assert fixture.link.stats()["dials"] == 2
 

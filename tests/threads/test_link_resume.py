@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wove_ws_sync.errors import ConnectionLost, DeliveryTimeout, ExecutorClosed
+from wove_ws_sync.errors import AuthenticationRejected, ConnectionLost, DeliveryTimeout, ExecutorClosed
 from wove_ws_sync.frames import FEATURES
 from wove_ws_sync.link import Link, LinkState
 from wove_ws_sync.options import DeliveryOptions, LinkOptions
@@ -47,7 +47,10 @@ class Fixture:
 
     def dial(self, options: LinkOptions, headers: Mapping[str, str], *, clock: Any) -> MemoryTransport:
         self.headers.append(dict(headers))
-        return self.ready.get(timeout=WAIT)
+        transport = self.ready.get(timeout=WAIT)
+        if transport.dial_error is not None:
+            raise transport.dial_error
+        return transport
 
     def worker(self, name: str = HERE, features: frozenset[str] | None = ALL) -> MemoryTransport:
         """Lay a connection to a worker ready for the next dial."""
@@ -387,3 +390,112 @@ def test_closing_ends_the_wait_for_room(make: Callable[..., Fixture]) -> None:
     fixture.link.close(WAIT)
     assert isinstance(raised.get(timeout=WAIT), ExecutorClosed)
     thread.join(WAIT)
+
+
+def test_a_requeued_run_asks_first_however_late(make: Callable[..., Fixture]) -> None:
+    """The window is long over when the same worker is back: what it has is found, not run again."""
+    fixture = make(resume_window=1.0)
+    lose(fixture, fixture.worker(), delivery_orphan_policy="requeue", delivery_timeout=600.0)
+    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    again = fixture.worker()
+    fixture.clock.advance(300.0)
+    assert again.sent(1)[0]["run_ids"] == ["r1"]
+    again.feed(state("r1", "finished"), ended("r1"))
+    assert fixture.next()["type"] == "task_result"
+    assert fixture.link.stats()["requeues"] == 0
+
+
+@pytest.mark.parametrize("answer", ["unknown", "finished"])
+def test_a_run_that_ends_every_connection_comes_to_an_end(make: Callable[..., Fixture], answer: str) -> None:
+    """Its message, or its result, ends connection after connection: after ten of them it is given up."""
+    fixture = make(resume_window=3600.0)
+    lose(fixture, fixture.worker())
+    for _ in range(11):
+        again = fixture.worker()
+        wait_for(lambda: fixture.link.state is LinkState.BACKOFF or not fixture.events.empty())
+        fixture.clock.advance(60.0)
+        assert again.sent(1)[0]["run_ids"] == ["r1"]
+        again.feed(state("r1", answer))
+        again.settle()
+        again.hang_up(1009, "too big")
+    assert isinstance(fixture.next()["exception"], ConnectionLost)
+
+
+def test_what_a_draining_worker_says_proves_nothing_of_the_next(make: Callable[..., Fixture]) -> None:
+    """Its heartbeats go on while nobody answers at the address yet: a new run is patient all the same."""
+    fixture = make()
+    old = fixture.worker()
+    fixture.submit("r1")
+    old.sent(1)
+    old.feed({"type": "draining", "timeout": 30.0}, {"type": "heartbeat", "run_id": "r1"})
+    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    assert fixture.next()["type"] == "heartbeat"
+    refused = fixture.worker()
+    refused.dial_error = ConnectionRefusedError("not yet")
+    fixture.submit("r2")
+    fixture.redial()
+    assert fixture.worker(ELSEWHERE).sent(1)[0]["run_id"] == "r2"
+
+
+def test_a_worker_that_drains_before_it_answers_is_waited_for(make: Callable[..., Fixture]) -> None:
+    """It has the runs of the connection before: no goodbye, and another worker does not make them lost."""
+    fixture = make()
+    lose(fixture, fixture.worker())
+    again, new = fixture.worker(), fixture.worker(ELSEWHERE)
+    fixture.redial()
+    again.sent(1)
+    again.feed({"type": "draining", "timeout": 30.0})
+    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    fixture.submit("r2")
+    assert new.sent(1)[0]["run_id"] == "r2"
+    again.feed(state("r1", "alive"), ended("r1"))
+    assert fixture.next()["type"] == "task_result"
+    assert [frame["type"] for frame in again.sent(3)] == ["resume", "event_ack", "shutdown"]
+
+
+def test_a_run_handed_back_to_nobody_ends_at_once(make: Callable[..., Fixture]) -> None:
+    """The address answers with a final no while a worker drains: its runs do not wait for its end."""
+    fixture = make()
+    old, refused = fixture.worker(), fixture.worker()
+    refused.dial_error = AuthenticationRejected("no", status=401)
+    fixture.submit("r1")
+    old.sent(1)
+    old.feed({"type": "draining", "timeout": 30.0})
+    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    fixture.submit("r2")
+    assert isinstance(fixture.next()["exception"], AuthenticationRejected)
+    error = {"kind": "WorkerStopping", "retryable": True, "source": "executor", "started": False}
+    old.feed({"type": "task_error", "run_id": "r1", "error": error})
+    assert isinstance(fixture.next()["exception"], AuthenticationRejected)
+
+
+def test_a_large_submission_gets_its_turn(make: Callable[..., Fixture]) -> None:
+    """Whoever waits for room first gets it first, however small those are that come later."""
+    fixture = make(send_buffer_bytes=4096)
+    worker = fixture.worker()
+    fixture.submit("r0", size=1000)
+    threads = []
+    for name, size in (("large", 3500), ("small", 100)):
+        threads.append(threading.Thread(target=fixture.submit, args=(name,), kwargs={"size": size}))
+        threads[-1].start()
+        wait_for(lambda: len(fixture.link._crowd) == len(threads))
+    worker.feed({"type": "task_started", "run_id": "r0"})
+    assert [frame["run_id"] for frame in worker.sent(3)] == ["r0", "large", "small"]
+    for thread in threads:
+        thread.join(WAIT)
+
+
+def test_ended_runs_hold_no_memory(make: Callable[..., Fixture]) -> None:
+    """Nothing can be sent and callers give up: neither their messages nor their runs are kept."""
+    fixture = make()
+    worker = fixture.worker()
+    fixture.submit("first")
+    worker.sent(1)
+    worker.reading = False
+    for number in range(500):
+        fixture.submit(f"r{number}", size=1000, wait=False, delivery_timeout=600.0)
+        fixture.session.cancel(f"r{number}")
+    assert worker.queued_bytes == 0
+    stats = fixture.link.stats()
+    assert stats["buffered_bytes"] < 1000 and stats["runs"] == 1
+    assert all(run.receipt is None for _, _, run in fixture.link._table._alarms if run.terminal)

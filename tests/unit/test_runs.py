@@ -19,9 +19,15 @@ class Receipt:
     started: bool = True
     sent_at: float | None = 0.0
 
+    withdrawn: bool = False
+
     @property
     def maybe_sent(self) -> bool:
         return self.sent_at is not None
+
+    def withdraw(self) -> bool:
+        self.withdrawn = self.withdrawn or not self.started
+        return self.withdrawn
 
 
 def make_run(run_id: str = "r", **delivery: Any) -> Run:
@@ -116,7 +122,7 @@ def test_deadline_counts_from_register(receipt: Receipt | None) -> None:
     [ended] = delivered(effects)
     assert isinstance(ended["exception"], DeliveryTimeout)
     assert str(ended["exception"]) == "Delivery timeout exceeded for task 'task' (3.0s)."
-    assert cancels(effects) == ["r"]
+    assert cancels(effects) == (["r"] if receipt is not None and receipt.started else [])
     assert run.state is RunState.TIMED_OUT
     assert runs.next_alarm() is None or runs.tick(1e9) == []
 
@@ -384,13 +390,16 @@ def in_limbo(runs: RunTable, run: Run, until: float = 10.0) -> Run:
 
 @pytest.mark.parametrize("policy", ["cancel", "fail", "requeue", "detach"])
 def test_limbo_ends_by_policy_when_its_time_is_over(policy: str) -> None:
-    """Nobody came back: ConnectionLost with what the first loss said, or one more delivery."""
+    """Nobody came back: ConnectionLost with what the first loss said, or a wait for whoever answers."""
     runs = table()
     run = in_limbo(runs, make_run(delivery_orphan_policy=policy))
     assert runs.tick(9.9) == []
     ended = delivered(runs.tick(10.0))
-    if policy == "requeue":
-        assert (run.state, run.attempt, ended) == (RunState.QUEUED, 2, [])
+    if policy == "requeue":  # the worker that has it must be asked, whenever it is there again
+        assert (run.state, run.attempt, ended) == (RunState.LIMBO, 1, [])
+        runs.resuming(20.0, 15.0)
+        assert runs.tick(20.0) == []
+        assert (run.state, run.attempt) == (RunState.QUEUED, 2)
     else:
         error = ended[0]["exception"]
         assert (error.close_code, error.reason, error.maybe_executed) == (1006, "gone", True)
