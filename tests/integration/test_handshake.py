@@ -28,7 +28,7 @@ from ws_peer import (
     options_for,
 )
 
-from wove_ws_sync import AuthenticationRejected, HandshakeRejected
+from wove_ws_sync import AuthenticationRejected, HandshakeRejected, security
 from wove_ws_sync._wire import Wire
 from wove_ws_sync.timing import Clock
 from wove_ws_sync.transport import dial
@@ -442,21 +442,34 @@ def test_header_with_a_line_break_is_not_sent() -> None:
 
 
 def test_answer_of_a_worker() -> None:
-    """The worker's extensions and its message limit are read from its answer; a foreign one has none."""
-    answers: dict[tuple[str, ...], tuple[frozenset[str] | None, int | None]] = {
-        (): (None, None),
-        ("X-Wove-Sync: 1", "X-Wove-Max-Message: 1048576"): (frozenset(), 1048576),
-        ("x-wove-sync: 1; f=resume, ack", "X-Wove-Max-Message: -1"): (frozenset({"resume", "ack"}), None),
-        ("X-Wove-Sync: 2", f"X-Wove-Max-Message: {'9' * 5000}"): (None, None),
-        ("Server: caf\xe9", "X-Wove-Sync: 1;", "X-Wove-Max-Message: many"): (frozenset(), None),
+    """Its extensions (those offered), message limit and name are read; a foreign worker has none of them."""
+    name = "0123456789abcdef" * 2
+    answers: dict[tuple[str, ...], tuple[frozenset[str] | None, int | None, str]] = {
+        (): (None, None, ""),
+        ("X-Wove-Sync: 1", "X-Wove-Max-Message: 1048576"): (frozenset(), 1048576, ""),
+        ("x-wove-sync: 1; f=resume, ack,seal", "X-Wove-Max-Message: -1", f"X-Wove-Worker: {name}"): (
+            frozenset({"resume", "ack"}),
+            None,
+            name,
+        ),
+        ("X-Wove-Sync: 1; f=resume,ack", "X-Wove-Worker: nobody"): (frozenset({"ack"}), None, ""),
+        ("X-Wove-Sync: 2", f"X-Wove-Max-Message: {'9' * 5000}"): (None, None, ""),
+        ("Server: caf\xe9", "X-Wove-Sync: 1;", "X-Wove-Max-Message: many"): (frozenset(), None, ""),
     }
     for lines, expected in answers.items():
 
         def script(peer: Peer, lines: tuple[str, ...] = lines) -> None:
             peer.upgrade(*lines).drain()
 
-        with Listener(script) as listener, dialled(options_for(listener.port)) as transport:
-            assert (transport.features, transport.peer_max_message_bytes) == expected
+        with Listener(script) as listener:
+            options = options_for(listener.port)
+            headers = {**security.handshake_headers(options), "X-Wove-Sync": "1; f=resume,ack,drain"}
+            transport = dial(options, headers, clock=Clock())
+            try:
+                assert (transport.features, transport.peer_max_message_bytes, transport.worker) == expected
+            finally:
+                transport.abort()
+                transport.dispose()
 
 
 def test_frames_right_behind_the_answer() -> None:
