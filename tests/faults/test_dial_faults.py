@@ -24,13 +24,13 @@ from fault_proxy import FaultProxy
 from scripted_worker import ScriptedWorker, result, task
 from ws_peer import TEXT, Listener, Peer, dial_to, dialled, frame, options_for
 
-from wove_ws_sync import SyncWebSocketEnvironmentExecutor, WebSocketExecutor
+from wove_ws_sync import ConnectionLost, SyncWebSocketEnvironmentExecutor, WebSocketExecutor
 from wove_ws_sync.testing import LoopbackWorker
 from wove_ws_sync.transport import WebSocketTransport
 
 DESCRIPTORS = """
     import errno, os, resource, sys, threading
-    from wove_ws_sync import SyncWebSocketEnvironmentExecutor, WebSocketExecutor
+    from wove_ws_sync import ConnectionLost, SyncWebSocketEnvironmentExecutor, WebSocketExecutor
     from wove_ws_sync.testing import close_links
 
     url, secret = sys.argv[1:]
@@ -59,7 +59,8 @@ DESCRIPTORS = """
         try:
             return call()
         except OSError as exc:
-            assert exc.errno == errno.EMFILE, repr(exc)
+            reason = exc.__cause__ if isinstance(exc, ConnectionLost) else exc
+            assert reason.errno == errno.EMFILE, repr(exc)
             return "EMFILE"
 """
 
@@ -109,7 +110,7 @@ def test_f38_no_descriptor_for_a_dial(worker: LoopbackWorker) -> None:
 
 
 def test_f38_no_descriptor_for_the_next_dial(worker: LoopbackWorker) -> None:
-    """A run that waits for a lost connection gets the error too, and the executor works again afterwards."""
+    """A run that was lost with its connection names the error, and the executor works again afterwards."""
     code = the_rest("""
         def nap(seconds):
             import time
@@ -190,15 +191,16 @@ def test_f38_no_thread_for_a_dial(role: str, no_threads: Callable[[str], None]) 
 
 @pytest.mark.parametrize("role", ["watchdog", "reader"])
 def test_f38_no_thread_for_the_next_dial(role: str, no_threads: Callable[[str], None]) -> None:
-    """Runs that wait for a lost connection get the system's error; then the next use dials."""
+    """Runs that were lost with their connection name the system's error; then the next use dials."""
     with ScriptedWorker() as worker, WebSocketExecutor(worker.url) as pool:
         waiting = pool.with_options(delivery_orphan_policy="requeue", delivery_timeout=WAIT).submit(task)
         connection = worker.connection()
         connection.commands(1)
         no_threads(role)
         connection.say_bytes(b"\x83\0")  # no such opcode: the host hangs up
-        with pytest.raises(RuntimeError, match="can't start new thread"):
+        with pytest.raises(ConnectionLost) as caught:
             waiting.result(WAIT)
+        assert "can't start new thread" in str(caught.value.__cause__)
         until(lambda: own_threads() == [])
         no_threads("")
         good = pool.submit(task)

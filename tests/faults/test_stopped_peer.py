@@ -264,8 +264,8 @@ def test_f9_a_dead_peer_is_noticed_without_any_deadline(worker: LoopbackWorker, 
                 sent.result(WAIT)
         assert caught.value.maybe_executed and caught.value.run_id == sent.run_id
         if stuck is not None:
-            # It had not left: a later connection is tried for it, as long as there is hope.
-            with within(0.5 + 2 * 1.0), pytest.raises((ConnectionLost, TimeoutError)):
+            # It had not left: later connections are tried for it, for ten seconds.
+            with within(10.0 + 2 * 1.0), pytest.raises((ConnectionLost, TimeoutError)):
                 stuck.result(WAIT).result(WAIT)
         go_on(worker)
         assert pool.submit(add, 2, 2).result(WAIT) == 4
