@@ -15,7 +15,7 @@ import websocket
 
 from ._wire import Wire
 
-__all__ = ["Frame", "FrameReader", "Violation", "close_payload", "format_frame"]
+__all__ = ["Frame", "FrameReader", "MaskingKeys", "Violation", "close_payload", "format_frame"]
 
 ABNF = websocket.ABNF
 
@@ -44,8 +44,25 @@ class Frame(NamedTuple):
     payload: bytes | bytearray
 
 
-def format_frame(opcode: int, payload: bytes | memoryview, *, fin: bool = True) -> bytes | bytearray:
-    """Return one masked frame (RFC 6455, 5.2)."""
+class MaskingKeys:
+    """Keys from the system's random numbers, many for one system call. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._block = b""
+        self._offset = 0
+
+    def next(self) -> bytes:
+        """Return four bytes that nobody can predict (RFC 6455, 5.3)."""
+        if self._offset >= len(self._block):
+            self._block, self._offset = os.urandom(1024), 0
+        self._offset += 4
+        return self._block[self._offset - 4 : self._offset]
+
+
+def format_frame(
+    opcode: int, payload: bytes | memoryview, key: bytes, *, fin: bool = True
+) -> bytes | bytearray:
+    """Return one frame masked with *key* (RFC 6455, 5.2)."""
     size = len(payload)
     if size < ABNF.LENGTH_7:
         head = struct.pack("!BB", fin << 7 | opcode, 0x80 | size)
@@ -53,7 +70,6 @@ def format_frame(opcode: int, payload: bytes | memoryview, *, fin: bool = True) 
         head = struct.pack("!BBH", fin << 7 | opcode, 0x80 | ABNF.LENGTH_7, size)
     else:
         head = struct.pack("!BBQ", fin << 7 | opcode, 0x80 | ABNF.LENGTH_7 + 1, size)
-    key = os.urandom(4)
     if size < _MASK_BY_TABLE_BYTES:
         mask = (key * (size // 4 + 1))[:size]
         masked = int.from_bytes(payload, "little") ^ int.from_bytes(mask, "little")

@@ -28,7 +28,7 @@ from ._reconnect import Reconnect
 from ._tell import host_log, note, tell
 from .connection import Connection
 from .options import LinkOptions
-from .runs import CancelAtWorker, Deliver, Effect, Run, RunTable
+from .runs import CancelAtWorker, Deliver, Effect, Posted, Run, RunTable
 from .timing import Clock, Deadline
 from .transport import Parcel, Transport, dial
 
@@ -186,8 +186,9 @@ class LinkCore:
     def _follow_up(self, effects: list[Effect]) -> None:
         """Let those go who may now: after *effects* freed slots and buffer, say. Hold ``_state_lock``."""
         if self._table.has_ready:
-            effects += self._post_ready(self._clock.monotonic())
-        self._changed.notify_all()
+            effects += [*self._post_ready(self._clock.monotonic()), Posted()]
+        if self._crowd:
+            self._changed.notify_all()
 
     def _apply(self, effects: list[Effect]) -> None:
         """Act on what was decided; hold no lock."""
@@ -203,9 +204,12 @@ class LinkCore:
         finally:  # an exception that strikes a caller's thread must not cost other runs their end
             for effect in rest:
                 self._act(effect)
-        self.flush()  # cancels, and runs that may go now
+        if not all(isinstance(effect, Deliver) for effect in effects):
+            self.flush()
 
     def _act(self, effect: Effect) -> None:
+        if isinstance(effect, Posted):
+            return
         run = effect.run
         if isinstance(effect, Deliver):
             tell(run, effect.event, self._extra("event", run.run_id), own_thread=self.in_own_thread())

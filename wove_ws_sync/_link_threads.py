@@ -163,16 +163,19 @@ class LinkThreads(LinkCore):
             self._counts["events"] += len(decoded.events)
             for reason in decoded.ignored:
                 self._table.dropped[reason] += 1
+            generation, proven = connection.generation, False
             for event in decoded.events:
-                if event["type"] in frames.NOTICES:
+                kind = event["type"]
+                if kind in frames.NOTICES:
                     effects += self._take_notice(connection, event, now)
                     continue
-                if self._connection is connection:
-                    self._reconnect.proven()
-                elsewhere = self._table.waits_elsewhere(event["run_id"], connection.generation)
-                if event["type"] in frames.TERMINAL_EVENTS and not elsewhere:
+                proven = True
+                ended = kind in frames.TERMINAL_EVENTS
+                if ended and not self._table.waits_elsewhere(event["run_id"], generation):
                     arrived.append(event["run_id"])
-                effects += self._table.receive(event, now, connection.generation)
+                effects += self._table.receive(event, now, generation)
+            if proven and self._connection is connection:
+                self._reconnect.proven()
             self._follow_up(effects)
             asked = connection.awaits_answers()
             empty = connection.draining and not asked and not self._table.carried(connection.generation)

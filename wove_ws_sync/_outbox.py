@@ -12,7 +12,7 @@ from typing import Protocol
 
 import websocket
 
-from ._framing import format_frame
+from ._framing import MaskingKeys, format_frame
 
 __all__ = ["Outbox", "Parcel"]
 
@@ -84,8 +84,9 @@ class Outbox:
         # one dict operation at a time.
         self._control: dict[int, bytes] = {}
         self._goodbye: bytes | None = None
-        # Write lock only: the message being cut into fragments, and those whose end is in the
-        # chunk handed out last, with the place of that end in it.
+        # Write lock only: masking keys, the message being cut into fragments, and those whose end
+        # is in the chunk handed out last, with the place of that end in it.
+        self._keys = MaskingKeys()
         self._current: Parcel | None = None
         self._offset = 0
         self._leaving: list[tuple[int, Parcel]] = []
@@ -152,7 +153,7 @@ class Outbox:
             payload = self._control.pop(opcode, None)
             if payload is not None:
                 self._closed = opcode == ABNF.OPCODE_CLOSE
-                return format_frame(opcode, payload)
+                return format_frame(opcode, payload, self._keys.next())
         if self._current is None:
             with self._lock:
                 while self._queue and self._current is None:
@@ -164,14 +165,14 @@ class Outbox:
             return self._next_fragment(self._current)
         if self._goodbye is not None:
             self._closed = True
-            return format_frame(ABNF.OPCODE_CLOSE, self._goodbye)
+            return format_frame(ABNF.OPCODE_CLOSE, self._goodbye, self._keys.next())
         return b""
 
     def _next_fragment(self, parcel: Parcel) -> bytes | bytearray:
         start, self._offset = self._offset, self._offset + _FRAGMENT_BYTES
         payload = memoryview(parcel.data)[start : self._offset]
         opcode = ABNF.OPCODE_CONT if start else ABNF.OPCODE_TEXT
-        return format_frame(opcode, payload, fin=self._offset >= parcel.size)
+        return format_frame(opcode, payload, self._keys.next(), fin=self._offset >= parcel.size)
 
     def expose(self) -> None:
         """Note that the chunk is about to be offered to the kernel."""

@@ -21,6 +21,7 @@ __all__ = [
     "DetachAtWorker",
     "Effect",
     "Loss",
+    "Posted",
     "Receipt",
     "Run",
     "RunState",
@@ -161,7 +162,11 @@ class DetachAtWorker(NamedTuple):
     generation: int | None
 
 
-Effect = Deliver | CancelAtWorker | DetachAtWorker
+class Posted(NamedTuple):
+    """Messages were given to a transport, and are to be sent."""
+
+
+Effect = Deliver | CancelAtWorker | DetachAtWorker | Posted
 
 
 def failed(run: Run, error: BaseException) -> dict[str, Any]:

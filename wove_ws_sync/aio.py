@@ -21,7 +21,7 @@ from .frames import TERMINAL_EVENTS
 from .link import LinkState
 from .options import DeliveryOptions, LinkOptions
 from .runs import Run
-from .session import Session, open_session
+from .session import SPARABLE, Session, open_session
 from .sync import NOT_STARTED, check_frame, frame_delivery, run_defaults
 
 __all__ = ["AsyncWebSocketEnvironmentExecutor"]
@@ -98,14 +98,16 @@ class _Group:
 
     def sink(self, event: dict[str, Any]) -> None:
         """Take an event from one of the link's threads; many events make one wake-up."""
-        waiting = len(self._arrived) + max((len(inbox) for inbox in self.inboxes), default=0)
-        if self.session.drops(event, waiting):
+        if event["type"] in SPARABLE and self.session.drops(self._waiting()):
             return
         self._arrived.append(event)
         if not self._scheduled:
             self._scheduled = True
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 self.loop.call_soon_threadsafe(self._hand_out)
+
+    def _waiting(self) -> int:
+        return len(self._arrived) + max((len(inbox) for inbox in self.inboxes), default=0)
 
     def _hand_out(self) -> None:
         self._scheduled = False

@@ -163,6 +163,7 @@ class Connection:
             self._arrived.extend(run_ids)
             if self.draining or len(self._arrived) >= _MANY_ACKS:
                 self.post_acks()
+                self.flush()
             elif self._ack_at is None:
                 self._ack_at = self._clock.monotonic() + _ACK_DELAY
 

@@ -38,6 +38,8 @@ _T = TypeVar("_T")
 # So many messages of map() share a system call, while the worker begins with the ones before.
 _TOGETHER = 32
 _CANCELLED = concurrent.futures._base.CANCELLED
+_FINISHED = concurrent.futures._base.FINISHED
+_ENDED = (_CANCELLED, concurrent.futures._base.CANCELLED_AND_NOTIFIED, _FINISHED)
 _DELIVERY_KEYS = frozenset(field.name for field in dataclasses.fields(DeliveryOptions))
 
 
@@ -129,22 +131,27 @@ class RunFuture(concurrent.futures.Future[_T]):
 
     def _await_end(self, timeout: float | None) -> bool:
         """Wait until the run has ended; return whether it has. An exception may strike anywhere here."""
-        return self._condition.until(self.done, timeout)
+        return self._own_condition.until(self._has_ended, timeout)
+
+    def _has_ended(self) -> bool:
+        """Tell the same as ``done()``, which looks whose process this is and takes the lock."""
+        return self._state in _ENDED
 
     def _decode(self, timeout: float | None) -> None:
         self._check_process()
-        if not self.done() and self._in_links_thread():
+        if not self._has_ended() and self._in_links_thread():
             raise RuntimeError(
                 f"Run '{self.run_id}' has not ended, and waiting for it in a done-callback would keep its "
                 "result from arriving; wait in a thread of your own."
             )
         ends_at = None if timeout is None else time.monotonic() + timeout
         try:
-            if exiting() and not self.done():  # asked by another function that runs at exit
+            if exiting() and not self._has_ended():  # asked by another function that runs at exit
                 raise concurrent.futures.CancelledError
             if not self._await_end(timeout):
                 raise TimeoutError
-            super().exception(0)
+            if self._state != _FINISHED:
+                raise concurrent.futures.CancelledError
         except concurrent.futures.CancelledError:
             raise DeliveryCancelled(
                 f"Run '{self.run_id}' was cancelled.", run_id=self.run_id, acknowledged=self._acknowledged
@@ -214,7 +221,7 @@ class RunFuture(concurrent.futures.Future[_T]):
                 raise
 
     def _end(self, kind: str, event: dict[str, Any]) -> None:
-        if self.done():
+        if self._has_ended():
             self._core.ended(self)
         elif kind == "task_cancelled":
             self._acknowledged = bool(event.get("acknowledged"))
@@ -243,6 +250,7 @@ class _Core:
         self.session: Session | None = None
         self.pending: set[RunFuture[Any]] = set()
         self.closed = False
+        self._name_runs()
         _fork.forget_in_child(self)
 
     def __repr__(self) -> str:
@@ -253,9 +261,19 @@ class _Core:
         """Start anew in a forked child: its first submit opens a session of its own."""
         self.lock = threading.Lock()
         self.session = None
+        self._name_runs()
         pending, self.pending = self.pending, set()
         for future in pending:
             future.abandon_after_fork()
+
+    def _name_runs(self) -> None:
+        """Begin a series of run ids that nobody else has, without a random number for each."""
+        self._series = uuid4().hex[:24]
+        self._serials = itertools.count()
+
+    def new_run_id(self, fn: Any) -> str:
+        """Return an id for a run of *fn*: its name, for people, and 32 hexadecimal digits."""
+        return f"{getattr(fn, '__name__', type(fn).__name__)}:{self._series}{next(self._serials):08x}"
 
     def submit(
         self,
@@ -399,7 +417,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
 
         Raises ExecutorClosed, a RuntimeError, after :meth:`shutdown`.
         """
-        future: RunFuture[_T] = RunFuture(_new_run_id(fn), self._core)
+        future: RunFuture[_T] = RunFuture(self._core.new_run_id(fn), self._core)
         self._core.submit(future, functools.partial(fn, *args) if args else fn, kwargs, self._delivery)
         return future
 
@@ -468,7 +486,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
             for item in itertools.islice(items, ahead):
                 # The next item of a sized iterable comes at once: its message may share a system call.
                 send = not batched or len(futures) % _TOGETHER == 0
-                future: RunFuture[Any] = RunFuture(_new_run_id(fn), self._core)
+                future: RunFuture[Any] = RunFuture(self._core.new_run_id(fn), self._core)
                 self._core.submit(future, functools.partial(fn, *item), {}, self._delivery, send=send)
                 futures.append(future)
         finally:
@@ -503,10 +521,6 @@ class WebSocketExecutor(concurrent.futures.Executor):
                 future._await_end(None)
 
 
-def _new_run_id(fn: Any) -> str:
-    return f"{getattr(fn, '__name__', type(fn).__name__)}:{uuid4().hex}"
-
-
 def _submit_more(
     owned: Callable[[], _Owner | None],
     delivery: DeliveryOptions,
@@ -516,7 +530,7 @@ def _submit_more(
     owner = owned()
     if owner is None:
         raise ExecutorClosed("cannot schedule new futures after the executor was dropped")
-    future: RunFuture[Any] = RunFuture(_new_run_id(fn), owner.core)
+    future: RunFuture[Any] = RunFuture(owner.core.new_run_id(fn), owner.core)
     owner.core.submit(future, functools.partial(fn, *item), {}, delivery)
     return future
 

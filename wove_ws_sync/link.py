@@ -188,12 +188,11 @@ class Link(LinkThreads):
         return self._post_ready(now)
 
     def has_room(self, size: int) -> bool:
-        """Tell whether a message of *size* bytes would be taken in without waiting."""
-        with self._state_lock:
-            return self._has_room(size, None)
+        """Tell whether a message of *size* bytes would be taken in without waiting, as far as can be seen."""
+        return self._has_room(size, None)
 
     def _has_room(self, size: int, ticket: object) -> bool:
-        """A message larger than the whole buffer has room when it is empty. Hold ``_state_lock``."""
+        """Larger than the buffer is let in when that is empty. Hold ``_state_lock`` to rely on it."""
         if self._crowd and self._crowd[0] is not ticket:
             return False
         buffered = self._table.buffered

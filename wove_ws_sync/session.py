@@ -22,7 +22,7 @@ from .options import DeliveryOptions, LinkOptions
 from .runs import Run
 from .timing import Clock, Deadline
 
-__all__ = ["Session", "close_links", "exiting", "links", "open_session"]
+__all__ = ["SPARABLE", "Session", "close_links", "exiting", "links", "open_session"]
 
 _links: dict[LinkOptions, Link] = {}
 # Every link that may still hold a descriptor, also those that closed for want of users.
@@ -30,7 +30,9 @@ _all_links: weakref.WeakSet[Link] = weakref.WeakSet()
 # Guards both; held for look-ups only.
 _links_lock = threading.Lock()
 _exiting = False
-# So many events may wait for a receiver before those that can be spared are dropped.
+#: Events that a receiver can do without.
+SPARABLE = frozenset({"log", "heartbeat"})
+# So many events may wait for a receiver before those are dropped.
 _MOST_WAITING = 10_000
 
 
@@ -93,13 +95,13 @@ class Session:
         self.link.submit(run)
         return run
 
-    def drops(self, event: Mapping[str, Any], waiting: int) -> bool:
-        """Tell whether a receiver with so many events *waiting* does without this one, and count it.
+    def drops(self, waiting: int) -> bool:
+        """Tell whether a receiver with so many events *waiting* does without a SPARABLE one, and count it.
 
-        What nobody takes must not fill the memory: log records and heartbeats, of which there may be
-        any number, are dropped beyond 10,000; a run has few other events.
+        What nobody takes must not fill the memory: there may be any number of log records and
+        heartbeats, while a run has few other events.
         """
-        if waiting < _MOST_WAITING or event["type"] not in ("log", "heartbeat"):
+        if waiting < _MOST_WAITING:
             return False
         self.link.count("dropped_backlog")
         return True

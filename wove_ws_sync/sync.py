@@ -17,7 +17,7 @@ from .errors import ExecutorClosed
 from .frames import COMMANDS
 from .link import Link
 from .options import DeliveryOptions
-from .session import Session, open_session
+from .session import SPARABLE, Session, open_session
 
 __all__ = ["NOT_STARTED", "SyncWebSocketEnvironmentExecutor", "check_frame", "frame_delivery", "run_defaults"]
 
@@ -159,7 +159,7 @@ def _bounded(session: Session, events: SimpleQueue[Any]) -> Callable[[dict[str, 
     """Return a sink that puts into *events* what is not to be dropped."""
 
     def put(event: dict[str, Any]) -> None:
-        if not session.drops(event, events.qsize()):
+        if event["type"] not in SPARABLE or not session.drops(events.qsize()):
             events.put(event)
 
     return put
