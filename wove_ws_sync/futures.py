@@ -424,9 +424,9 @@ class WebSocketExecutor(concurrent.futures.Executor):
     def attach(self, run_id: str) -> RunFuture[Any]:
         """Return a future for a run that was detached, by this process or another with the same key.
 
-        A run with ``delivery_orphan_policy="detach"`` goes on at the worker service when its executor
-        is shut down or its connection is lost for longer than ``resume_window``; its result is kept
-        there for 15 minutes and given out once. The future raises EnvironmentExecutionError of the
+        A run with ``delivery_orphan_policy="detach"`` goes on at the worker service when its process ends
+        or its connection is lost for longer than ``resume_window``; its result is kept there for 15
+        minutes and given out once. The future raises EnvironmentExecutionError of the
         kind UnknownRun if the worker service does not have the run, RuntimeError if it is not one of
         this package. The ``delivery_*`` settings of this executor apply from now on.
 
