@@ -87,6 +87,7 @@ def test_runs_that_are_there_are_finished(running: Running, gate: Path) -> None:
         host.run(lambda: "mine", "queued")
         foreign.run(lambda: "yours", "queued")
         assert host.resume("running", "queued") == {"alive": ["running", "queued"]}
+        host.notice("task_started")
         foreign.socket.ping().wait(PATIENCE)
         drained = running.drain(20.0)
         notice = host.notice("draining")
@@ -151,6 +152,7 @@ def test_what_has_not_ended_in_time_is_given_up(running: Running, gate: Path, ti
         host.run(occupy(str(gate) + ".never"), "queued")
         foreign.run(occupy(str(gate) + ".never"), "queued")
         assert host.resume("queued", "running") == {"alive": ["queued", "running"]}
+        host.notice("task_started")
         foreign.socket.ping().wait(PATIENCE)
         drained = running.drain(timeout)
         host.notice("draining")
