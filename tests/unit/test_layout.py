@@ -33,6 +33,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.commands",
                 "worker.events",
                 "worker.greeting",
+                "worker.host",
                 "worker.hosts",
                 "worker.jobs",
                 "worker.kept",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from wove_ws_sync.worker import hosts as hosts_module
 from wove_ws_sync.worker.commands import AttachTask, Resume, RunTask
 from wove_ws_sync.worker.greeting import Greeting
-from wove_ws_sync.worker.hosts import Host, HostTable
+from wove_ws_sync.worker.host import Host
+from wove_ws_sync.worker.hosts import HostTable
 from wove_ws_sync.worker.kept import Kept, KeptEvents
 from wove_ws_sync.worker.runs import BeatSchedule, Run, RunState, RunTable
 from wove_ws_sync.worker.shelf import Shelf
