@@ -383,7 +383,7 @@ class TestAway:
             if policy == "cancel":
                 assert found == {"finished": ["r", "clock"]}
             elif policy == "detach":  # the other host let go of it last, so it is that one's
-                assert found == {"unknown": ["r"], "finished": ["clock"]}
+                assert found == {"lost": ["r"], "finished": ["clock"]}
             else:
                 assert found == {"alive": ["r"], "finished": ["clock"]}
                 gate.touch()

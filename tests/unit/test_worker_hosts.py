@@ -157,6 +157,61 @@ class TestResume:
         service.enter("two", 2.0)
         assert lists(host, "r0", "r29") == {"lost": ["r0"], "finished": ["r29"]}
 
+    @pytest.mark.parametrize("where", ["dropped", "taken", "displaced"])
+    def test_what_was_let_go_for_a_host_and_is_gone_is_lost(self, service: Service, where: str) -> None:
+        """It ran, so it must not be called unknown, which would have it sent again."""
+        host, other = service.enter("one", window=1.0), service.enter("two", name="b" * 32)
+        run = service.run(host, "r", "detach")
+        service.away(host, 0.0)
+        assert service.due(1.0) == []
+        if where == "taken":
+            assert other.attach(attach("r"), 2.0) is run
+        elif where == "displaced":
+            service.run(other, "r")
+            assert other.let_go("r", 2.0) == [run]
+            assert other.attach(attach("r"), 2.0) is not None
+        else:
+            service.end(run, 2.0)
+            for number in range(1000):
+                service.end(service.run(other, f"r{number}"), 3.0)
+                other.let_go(f"r{number}", 3.0)
+        assert service.enter("three", 4.0) is host
+        assert lists(host, "r") == {"lost": ["r"]}
+
+    def test_a_host_that_has_been_told_starts_afresh(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After the last ``resume`` a run that never arrived is unknown again; what was lost stays lost."""
+        monkeypatch.setattr(hosts_module, "MAX_KEPT_BYTES", 100)
+        host = service.enter("one", window=1.0)
+        for number in range(30):
+            service.end(service.run(host, f"r{number}"), event=b"tiny event")
+        service.run(host, "d", "detach")
+        service.away(host, 1.0)
+        service.due(2.0)
+        service.enter("two", 3.0)
+        assert lists(host, "r0", more=True) == {"lost": ["r0"]}
+        assert lists(host, "r1", "never") == {"lost": ["r1", "never"]}
+        for connection in ("three", "four"):  # the answers may not have arrived
+            service.enter(connection, 4.0)
+            assert lists(host, "r0", "r1", "late") == {"lost": ["r0", "r1"], "unknown": ["late"]}
+
+    def test_a_new_host_stays_strange_until_it_has_listed_everything(self, service: Service) -> None:
+        """An answer that was cut short proves nothing for the next connection."""
+        host = service.enter("one")
+        assert lists(host, "r", more=True) == {"lost": ["r"]}
+        service.enter("two", 1.0)
+        assert lists(host, "r", "s") == {"lost": ["r", "s"]}
+        assert lists(host, "t") == {"unknown": ["t"]}
+
+    def test_a_detach_of_the_hosts_own_hides_nothing(self, service: Service) -> None:
+        """The host knows that it let go of the run: others that never arrived are unknown."""
+        host = service.enter("one")
+        service.run(host, "mine")
+        assert host.let_go("mine", 0.0) == []
+        service.enter("two", 1.0)
+        assert lists(host, "never") == {"unknown": ["never"]}
+
     def test_a_host_that_said_shutdown_is_forgotten(self, service: Service) -> None:
         """When its connection ends, or when a newer one comes before that."""
         for early in (False, True):

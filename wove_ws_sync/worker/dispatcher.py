@@ -34,7 +34,8 @@ from .commands import (
 from .connection import HostConnection
 from .engines import Engine
 from .events import cancelled_event, error_event, life_event, plain_error, service_error
-from .hosts import Host, HostTable
+from .host import Host
+from .hosts import HostTable
 from .jobs import Job
 from .kept import Kept
 from .outbox import Outbox

@@ -17,6 +17,9 @@ from .shelf import Identity, Shelf
 
 __all__ = ["Host", "Resumed"]
 
+#: Runs remembered as lost; where there are more, every unknown one counts as lost until the next ``resume``.
+_MAX_LOST = 100_000
+
 
 class Resumed(NamedTuple):
     """What to do about a ``resume``: send *state*, then *ended*, and stop the jobs of *stopped*."""
@@ -45,18 +48,27 @@ class Host:
         self.away_since = 0.0
         self.window_is_over = False
         self._shelf = shelf
-        self._is_familiar = False
+        # What is not found may have been here before this host was, or been let go for it and not been kept.
+        self._is_strange = True
+        self._was_let_go = False
+        # What this ``resume`` has called lost so far, and what the one before did: the answer may never arrive.
+        self._lost: set[str] = set()
+        self._lost_before: set[str] = set()
 
     def __repr__(self) -> str:
         state = "away" if self.connection is None else "present"
         return f"<Host {self.identity} {state} runs={len(self.runs)}>"
 
     def enter(self, connection: Any, window: float, *, familiar: bool) -> Any:
-        """Go by *connection* from now on; return the one before, which must be closed, or None."""
+        """Go by *connection* from now on; return the one before, which must be closed, or None.
+
+        *familiar* says that the host was here before.
+        """
         before, self.connection = self.connection, connection
         self.window = window
         self.window_is_over = False
-        self._is_familiar = familiar
+        if familiar and not self._lost:
+            self._is_strange = False
         self.unconfirmed = {run.run_id for run in self.runs}
         if self.kept is not None:
             self.unconfirmed.update(self.kept)
@@ -86,19 +98,36 @@ class Host:
         """Say what is known of the runs that are listed; after the last list the others end."""
         lists: dict[str, list[str]] = {"alive": [], "finished": [], "unknown": [], "lost": []}
         ended = []
-        remembers = self._is_familiar and not (self.kept is not None and self.kept.incomplete)
         for run_id in dict.fromkeys(command.run_ids):
             self.unconfirmed.discard(run_id)
             found = self.find(run_id, now)
             if found is None:
-                lists["unknown" if remembers else "lost"].append(run_id)
+                lists["lost" if self._may_be_lost(run_id) else "unknown"].append(run_id)
             elif isinstance(found, Run):
                 lists["alive"].append(run_id)
             else:
                 lists["finished"].append(run_id)
                 ended.append(found)
-        state = {"type": "resume_state", **lists}
-        return Resumed(state, ended, [] if command.more else self._drop_unconfirmed(now))
+        self._lost.update(lists["lost"])
+        stopped = [] if command.more else self._end_resume(now)
+        return Resumed({"type": "resume_state", **lists}, ended, stopped)
+
+    def _may_be_lost(self, run_id: str) -> bool:
+        """Tell whether a run that is not here may have been, so that nothing can be said of it."""
+        dropped = self.kept is not None and self.kept.incomplete
+        return dropped or self._is_strange or self._was_let_go or run_id in self._lost_before
+
+    def _end_resume(self, now: float) -> list[Run]:
+        """Go by what was listed: of what was dropped so far it has been told, and the others end."""
+        stopped = self._drop_unconfirmed(now)
+        self._lost_before, self._lost = self._lost, set()
+        self._is_strange = False
+        self._was_let_go = len(self._lost_before) > _MAX_LOST
+        if self._was_let_go:
+            self._lost_before = set()
+        if self.kept is not None:
+            self.kept.incomplete = False
+        return stopped
 
     def let_go(self, run_id: str, now: float) -> list[Run] | None:
         """Put a run, or its kept end, on the shelf; None if there is none."""
@@ -134,6 +163,7 @@ class Host:
     def let_go_of_detached(self, now: float) -> list[Run]:
         """Put what is under "detach" on the shelf, ends as well, so that it outlives this host."""
         stopped = []
+        self._was_let_go = True  # the shelf may drop it, or another host take it
         for run in self.runs:
             if run.orphan_policy == "detach":
                 stopped += self._put(run)
