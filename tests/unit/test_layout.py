@@ -40,6 +40,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.logs",
                 "worker.outbox",
                 "worker.runs",
+                "worker.sendqueue",
                 "worker.shelf",
             }
         ),

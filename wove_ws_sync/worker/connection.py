@@ -1,6 +1,6 @@
 """One connection of a host to the worker service.
 
-Owns: the socket, the reading of commands from it, the order in which events leave. Never:
+Owns: the socket, the reading of commands from it, the writing of events to it. Never:
 knows what a command does, never executes user code, never looks at credentials.
 
 Everything here happens on the event loop that serves connections.
@@ -9,7 +9,7 @@ Everything here happens on the event loop that serves connections.
 from __future__ import annotations
 
 import asyncio
-import collections
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from .commands import Command, read
 from .events import life_event
 from .greeting import Greeting
 from .runs import Run, RunState
+from .sendqueue import SMALL, SendQueue
 
 __all__ = ["CLOSE_TIMEOUT", "HostConnection"]
 
@@ -30,16 +31,12 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 
 #: How long, in seconds, a host may take to answer the close of its connection.
 CLOSE_TIMEOUT = 1.0
-#: Events up to this size go before larger ones and may share a message.
-_SMALL = 64 * 1024
 #: A larger message leaves in pieces of this size, so that pings and pongs get in between.
 _FRAGMENT = 1024 * 1024
-#: Log records that wait for a slow host; further ones are dropped and counted.
-_MAX_QUEUED_LOGS = 2000
-
-
-class _Log(bytes):
-    """A log event in the queue."""
+#: Where more than this waits to be written, in bytes, no further command is read.
+_MAX_WAITING = 8 * 1024 * 1024
+#: What a heartbeat takes, about.
+_BEAT_SIZE = 64
 
 
 class HostConnection:
@@ -56,11 +53,9 @@ class HostConnection:
         self.on_idle: Callable[[], None] | None = None
         self._socket = socket
         self._counters = counters
-        self._batch_bytes = min(_SMALL, greeting.limit) if greeting.ours else 0
-        self._small: collections.deque[bytes | Run] = collections.deque()
-        self._large: collections.deque[bytes] = collections.deque()
-        self._queued_logs = 0
+        self._queue = SendQueue(min(SMALL, greeting.limit) if greeting.ours else 0)
         self._idle_writer: asyncio.Future[None] | None = None
+        self._full_reader: asyncio.Future[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
     async def serve(
@@ -77,6 +72,7 @@ class HostConnection:
                     command = None if self._closing else read(message)
                 except InvalidMessage as exc:
                     gone(self)
+                    self._forget_queue()
                     await self._refuse(exc)
                     return
                 finally:
@@ -86,6 +82,9 @@ class HostConnection:
                 else:
                     obey(self, command)
                 del command
+                while self._queue.bytes > _MAX_WAITING and not writer.done():
+                    self._full_reader = asyncio.get_running_loop().create_future()
+                    await self._full_reader
         except ConnectionClosed:
             return
         finally:
@@ -97,7 +96,7 @@ class HostConnection:
     async def _refuse(self, exc: InvalidMessage) -> None:
         self._counters["invalid_message"] += 1
         _logger.warning("A host sent what is no command: %s. Closing its connection.", exc)
-        await self._socket.close(exc.close_code, str(exc)[:120])
+        await self.close(exc.close_code, str(exc)[:120])
 
     def retire(self) -> None:
         """Obey and send nothing more, and close with 1001: this connection does not count any more."""
@@ -105,110 +104,98 @@ class HostConnection:
             self._forget_queue()
             self._closing = asyncio.create_task(self.close(1001))
 
-    async def close(self, code: int) -> None:
-        """Close, and break the connection if the peer has not answered that in time."""
+    async def close(self, code: int, reason: str = "") -> None:
+        """Close, and break the connection if the peer has not answered that in time. Never raises."""
         try:
-            await asyncio.wait_for(self._socket.close(code), CLOSE_TIMEOUT + 0.5)
+            await asyncio.wait_for(self._socket.close(code, reason), CLOSE_TIMEOUT + 0.5)
         except TimeoutError:  # it waits behind a message that the peer does not read
+            self._abort()
+        except Exception:  # websockets breaks connections as well, and fails if that is done already
+            _logger.debug("Closing the connection of a host failed.", exc_info=True)
+            self._abort()
+
+    def _abort(self) -> None:
+        try:
             self._socket.transport.abort()
+        except Exception:
+            _logger.debug("Breaking the connection of a host failed.", exc_info=True)
 
     @property
     def is_idle(self) -> bool:
         """Tell whether everything that was to be sent is written."""
-        waiting = self._idle_writer is not None and not self._idle_writer.done()
-        return waiting and not self._small and not self._large
+        return self._idle_writer is not None and not self._idle_writer.done() and not self._queue
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Return how much waits to be written."""
+        return self._queue.bytes
 
     def send(self, event: bytes) -> None:
         """Queue an event: small ones go before large ones, in order otherwise."""
-        if len(event) <= _SMALL:
-            self._small.append(event)
-        else:
-            self._large.append(event)
-        self._wake_writer()
+        self._queue.put(event)
+        _wake(self._idle_writer)
 
     def send_first(self, event: bytes) -> None:
         """Queue an event that must not be overtaken by what is queued later, whatever its size."""
-        self._small.append(event)
-        self._wake_writer()
+        self._queue.put(event, first=True)
+        _wake(self._idle_writer)
+
+    def send_later(self, size: int, make: Callable[[], bytes]) -> None:
+        """Queue an event of about *size* bytes that *make* returns in its turn, b"" if there is none."""
+        self._queue.put_later(size, make)
+        _wake(self._idle_writer)
 
     def beat(self, run: Run) -> None:
         """Send a heartbeat of *run*, unless one of it is waiting already."""
         if not run.beat_queued:
             run.beat_queued = True
-            self._small.append(run)
-            self._wake_writer()
+            self.send_later(_BEAT_SIZE, functools.partial(self._beat_of, run))
+
+    def _beat_of(self, run: Run) -> bytes:
+        if run.owner is not self.host:
+            return b""
+        run.beat_queued = False
+        return b"" if run.state is RunState.ENDED else life_event(run.run_id, run.task_id, started=False)
 
     def log(self, event: bytes) -> None:
         """Send a log event, unless too many wait already."""
-        if self._queued_logs >= _MAX_QUEUED_LOGS or len(event) > self.greeting.limit:
+        if len(event) > self.greeting.limit or not self._queue.put_log(event):
             self._counters["dropped_log"] += 1
             return
-        self._queued_logs += 1
-        self._small.append(_Log(event))
-        self._wake_writer()
+        _wake(self._idle_writer)
 
     def _forget_queue(self) -> None:
-        for item in self._small:
-            if isinstance(item, Run):
-                item.beat_queued = False
-        self._small.clear()
-        self._large.clear()
-
-    def _wake_writer(self) -> None:
-        if self._idle_writer is not None and not self._idle_writer.done():
-            self._idle_writer.set_result(None)
+        self._queue.clear()
+        _wake(self._full_reader)
 
     async def _write(self) -> None:
         """Send what is queued: small events, then one large one, then again."""
         try:
             while True:
-                if not self._small and not self._large:
+                if not self._queue:
                     self._idle_writer = asyncio.get_running_loop().create_future()
                     if self.on_idle is not None:
                         self.on_idle()
                     await self._idle_writer
-                message = self._next_small()
-                if message:
-                    await self._socket.send(_whole_or_pieces(message), text=True)
-                if self._large:
-                    message = self._large.popleft()
-                    await self._socket.send(_whole_or_pieces(message), text=True)
-                del message
+                for following in (self._queue.next_small, self._queue.next_large):
+                    message = following()
+                    if message:
+                        await self._socket.send(_whole_or_pieces(message), text=True)
+                    del message
+                    if self._queue.bytes <= _MAX_WAITING:
+                        _wake(self._full_reader)
         except ConnectionClosed:
             return
         except Exception:
             _logger.exception("Sending events to a host failed; closing its connection.")
-            await self._socket.close(1011)
+            await self.close(1011)
+        finally:
+            _wake(self._full_reader)
 
-    def _next_small(self) -> bytes:
-        """Return the next message of small events; b"" if there is nothing to say."""
-        batch: list[bytes] = []
-        size = 2
-        while self._small:
-            event = self._take_small()
-            if not event:
-                continue
-            if not self._batch_bytes:
-                return event
-            size += len(event) + 1
-            if batch and size > self._batch_bytes:
-                self._small.appendleft(event)
-                self._queued_logs += isinstance(event, _Log)
-                break
-            batch.append(event)
-        if len(batch) <= 1:
-            return batch[0] if batch else b""
-        return b"[" + b",".join(batch) + b"]"
 
-    def _take_small(self) -> bytes:
-        item = self._small.popleft()
-        if isinstance(item, bytes):
-            self._queued_logs -= isinstance(item, _Log)
-            return item
-        item.beat_queued = False
-        if item.state is RunState.ENDED or item.owner is not self.host:
-            return b""
-        return life_event(item.run_id, item.task_id, started=False)
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
 
 
 def _whole_or_pieces(message: bytes) -> bytes | Iterator[memoryview]:

@@ -34,13 +34,13 @@ from .commands import (
 from .connection import HostConnection
 from .engines import Engine
 from .events import cancelled_event, error_event, life_event, plain_error, service_error
-from .host import Host
+from .host import Host, fitting, result_dropped
 from .hosts import HostTable
 from .jobs import Job
 from .kept import Kept
 from .outbox import Outbox
 from .runs import BeatSchedule, Run, RunState, Stopped
-from .shelf import Shelf
+from .shelf import MAX_KEPT_BYTES, Shelf
 
 __all__ = ["Dispatcher"]
 
@@ -48,6 +48,8 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 
 #: Commands of an extension count as unknown where that is not used.
 _NEEDS: dict[type, str] = {Resume: "resume", DetachTask: "resume", AttachTask: "resume", EventAck: "ack"}
+#: A terminal event up to this size waits to be written as it is: what stands for it is no smaller.
+_TINY = 1024
 #: What the last errors of a drain may take to be written, in seconds.
 _FLUSH_TIMEOUT = 1.0
 
@@ -191,11 +193,8 @@ class Dispatcher:
         self._away_alarm.arm()  # something may be on the shelf now
 
     def _event_ack(self, host: Host, command: EventAck) -> None:
-        assert host.kept is not None
-        for run_id in command.run_ids:
-            host.unconfirmed.discard(run_id)
-            if host.kept.pop(run_id) is None:
-                self._counters["unknown_ack"] += 1
+        if unknown := host.acknowledge(command.run_ids):
+            self._counters["unknown_ack"] += unknown
         self._check_drain()
 
     def _detach_task(self, host: Host, command: DetachTask) -> None:
@@ -251,11 +250,17 @@ class Dispatcher:
     def _tell_end(self, run: Run, event: bytes) -> None:
         if not _is_heard(run):
             return
-        limit = run.owner.connection.greeting.limit
-        if len(event) > limit:  # it was made for a host that accepts more
-            message = f"The result takes {len(event)} bytes as a message; this host accepts {limit}."
-            event = service_error(run.run_id, run.task_id, "ResultTooLarge", message, retryable=False)
-        run.owner.connection.send(event)
+        host: Host = run.owner
+        connection, limit = host.connection, host.connection.greeting.limit
+        if host.kept is None and connection.waiting_bytes > MAX_KEPT_BYTES:
+            dropped = result_dropped(run)
+            if len(dropped) < len(event):
+                self._counters["dropped_result"] += 1
+                event = dropped
+        if host.kept is None or len(event) <= _TINY:
+            connection.send(fitting(run, event, limit))
+        else:  # what is kept for the host is not kept in its queue as well
+            connection.send_later(len(event), lambda: fitting(run, host.end_of(run), limit))
 
     def _expect_beats(self, run: Run) -> None:
         """Have *run* beat from now on, if its host asked for that."""

@@ -7,6 +7,7 @@ are to be stopped. A connection is only a token here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from .commands import AttachTask, Resume
@@ -15,7 +16,7 @@ from .kept import Kept, KeptEvents
 from .runs import Run, RunTable
 from .shelf import Identity, Shelf
 
-__all__ = ["Host", "Resumed"]
+__all__ = ["Host", "Resumed", "fitting", "result_dropped"]
 
 #: Runs remembered as lost; where there are more, every unknown one counts as lost until the next ``resume``.
 _MAX_LOST = 100_000
@@ -51,7 +52,7 @@ class Host:
         # What is not found may have been here before this host was, or been let go for it and not been kept.
         self._is_strange = True
         self._was_let_go = False
-        # What this ``resume`` has called lost so far, and what the one before did: the answer may never arrive.
+        # What this ``resume`` has called lost so far, and what the one before did: it may not have arrived.
         self._lost: set[str] = set()
         self._lost_before: set[str] = set()
 
@@ -70,6 +71,8 @@ class Host:
         if familiar and not self._lost:
             self._is_strange = False
         self.unconfirmed = {run.run_id for run in self.runs}
+        for run in self.runs:
+            run.beat_queued = False  # that was the queue of another connection
         if self.kept is not None:
             self.unconfirmed.update(self.kept)
         return before
@@ -93,6 +96,27 @@ class Host:
         """Keep the terminal event of a run until it is acknowledged, if this host acknowledges."""
         if self.kept is not None:
             self.kept.put(run, event, now)
+
+    def end_of(self, run: Run) -> bytes:
+        """Return the terminal event of *run* as far as it is still kept; b"" if nobody waits for it."""
+        assert self.kept is not None
+        if run.owner is not self or run.acknowledged:
+            return b""
+        kept = self.kept.get(run.run_id)
+        return result_dropped(run) if kept is None else kept.event
+
+    def acknowledge(self, run_ids: Iterable[str]) -> int:
+        """Forget runs whose terminal events have arrived; return how many of them were unknown."""
+        assert self.kept is not None
+        unknown = 0
+        for run_id in run_ids:
+            self.unconfirmed.discard(run_id)
+            kept = self.kept.pop(run_id)
+            if kept is None:
+                unknown += 1
+            else:
+                kept.run.acknowledged = True
+        return unknown
 
     def resume(self, command: Resume, now: float) -> Resumed:
         """Say what is known of the runs that are listed; after the last list the others end."""
@@ -208,6 +232,20 @@ class Host:
             found.run.owner = self
             self.keep(found.run, found.event, now)
         return found
+
+
+def result_dropped(run: Run) -> bytes:
+    """Return the error that takes the place of a terminal event for which there was no room."""
+    message = "The run has ended, but its host did not take that before newer results took the room."
+    return service_error(run.run_id, run.task_id, "ResultDropped", message, retryable=False)
+
+
+def fitting(run: Run, event: bytes, limit: int) -> bytes:
+    """Return the terminal event, or an error if it was made for a host that accepts more than *limit*."""
+    if len(event) <= limit:
+        return event
+    message = f"The result takes {len(event)} bytes as a message; this host accepts {limit}."
+    return service_error(run.run_id, run.task_id, "ResultTooLarge", message, retryable=False)
 
 
 def _host_away(run: Run, window: float) -> bytes:

@@ -18,9 +18,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from .events import service_error
 from .greeting import Greeting
-from .host import Host
+from .host import Host, result_dropped
 from .kept import KeptEvents
 from .runs import Run
 from .shelf import KEEP_SECONDS, MAX_KEPT_BYTES, Identity, Shelf
@@ -90,7 +89,7 @@ class HostTable:
     def _new_host(self, identity: Identity | None, greeting: Greeting) -> Host:
         kept = shelf = None
         if "ack" in greeting.features:
-            kept = KeptEvents(MAX_KEPT_BYTES, self._counters, stub=_result_dropped)
+            kept = KeptEvents(MAX_KEPT_BYTES, self._counters, stub=result_dropped)
         if identity is not None:
             shelf = self._shelves.setdefault(identity[0], Shelf(self._counters))
         return Host(identity, kept, shelf)
@@ -146,8 +145,3 @@ class HostTable:
             if not host.leaving:
                 stopped = host.let_go_of_detached(now)
         return stopped + host.runs.clear()
-
-
-def _result_dropped(run: Run) -> bytes:
-    message = "The run has ended, but its host did not acknowledge that before newer results took the room."
-    return service_error(run.run_id, run.task_id, "ResultDropped", message, retryable=False)

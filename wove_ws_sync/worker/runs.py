@@ -48,10 +48,12 @@ class Stopped(enum.Enum):
 class Run:
     """One accepted run. ``job`` is what executes it; ``owner`` is the host that gets its events.
 
-    ``origin`` names the host that let go of it, if one did.
+    ``origin`` names the host that let go of it, if one did; ``acknowledged`` says that its
+    terminal event has arrived.
     """
 
     __slots__ = (
+        "acknowledged",
         "beat_interval",
         "beat_queued",
         "beat_serial",
@@ -76,6 +78,7 @@ class Run:
         self.beat_serial = -1  # of its one valid place in a BeatSchedule
         self.job: Any = None
         self.state = RunState.QUEUED
+        self.acknowledged = False
         self.beat_queued = False  # a heartbeat waits to be sent; another would say nothing new
 
     def __repr__(self) -> str:
@@ -108,6 +111,7 @@ class RunTable:
     def adopt(self, run: Run, owner: Any) -> None:
         """Take over a live run from another owner."""
         run.owner = owner
+        run.beat_queued = False  # that was the queue of the other one's connection
         self._runs[run.run_id] = run
 
     def remove(self, run: Run) -> None:
