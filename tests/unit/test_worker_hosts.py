@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wove_ws_sync.worker import hosts as hosts_module
+from wove_ws_sync.worker import kept as kept_module
 from wove_ws_sync.worker.commands import AttachTask, Resume, RunTask
 from wove_ws_sync.worker.greeting import Greeting
 from wove_ws_sync.worker.host import Host
 from wove_ws_sync.worker.hosts import HostTable
-from wove_ws_sync.worker.kept import Kept, KeptEvents
+from wove_ws_sync.worker.kept import Account, Kept, KeptEvents
 from wove_ws_sync.worker.runs import BeatSchedule, Run, RunState, RunTable
 from wove_ws_sync.worker.shelf import Shelf
 
@@ -295,18 +296,90 @@ class TestAway:
         assert service.enter("two", 3601.0) is not host
         assert service.enter("three", name="b" * 32).attach(attach("detached"), 3602.0) is detached
 
+    def crowd(self, service: Service, count: int, *, empty: bool, window: float = 10.0) -> None:
+        """Have as many more hosts away, each with a run or each with nothing."""
+        for number in range(count):
+            host = service.enter("c", name=f"host{number} {empty} {window}", window=window)
+            if not empty:
+                service.run(host, f"r{number}", "fail")
+            service.away(host, 1.0)
+
     def test_1000_hosts_may_be_away(self, service: Service) -> None:
         """The one that is away for longest is forgotten for the next one; it is counted."""
         first = service.enter("c", name="first")
         service.run(first, "r", "fail")
         detached = service.run(first, "d", "detach")
         service.away(first, 0.0)
-        for number in range(999):
-            assert service.away(service.enter("c", name=f"host{number}"), 1.0) == []
-        assert service.away(service.enter("c", name="one more"), 2.0) == ["r"]
+        self.crowd(service, 999, empty=False)
+        assert service.counters["forgotten_host"] == 0
+        last = service.enter("c", name="one more")
+        service.run(last, "s")
+        assert service.away(last, 2.0) == ["r"]
         assert service.counters["forgotten_host"] == 1
         assert service.enter("c", 3.0, name="first") is not first
         assert service.enter("c", 3.0, name="host0").attach(attach("d"), 3.0) is detached
+
+    def test_hosts_with_nothing_here_are_forgotten_first(self, service: Service) -> None:
+        """However many of them come and go, they cost nobody else a run or an end."""
+        running, ended = service.enter("c", name="running"), service.enter("c", name="ended")
+        service.run(running, "r", "fail")
+        service.end(service.run(ended, "e"))
+        for host in (running, ended):
+            service.away(host, 0.0)
+        self.crowd(service, 1500, empty=True)
+        assert service.counters["forgotten_host"] == 502
+        assert service.enter("c", 2.0, name="running") is running and lists(running, "r") == {"alive": ["r"]}
+        assert service.enter("c", 2.0, name="ended") is ended and lists(ended, "e") == {"finished": ["e"]}
+
+    def test_then_those_whose_window_is_over(self, service: Service) -> None:
+        """They were away for longer than they said they would be."""
+        patient = service.enter("c", name="patient", window=600.0)
+        service.run(patient, "r", "fail")
+        service.away(patient, 0.0)
+        self.crowd(service, 999, empty=False, window=5.0)
+        service.due(10.0)
+        self.crowd(service, 10, empty=False, window=600.0)
+        assert service.counters["forgotten_host"] == 10
+        assert service.enter("c", 11.0, name="patient") is patient
+
+    def test_what_is_kept_for_all_that_are_away_is_bounded(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The host that is away for longest gives up first, the latest keeps its newest of any size."""
+        monkeypatch.setattr(hosts_module, "_MAX_UNHEARD_BYTES", 100_000)
+        hosts = [service.enter("c", name=name) for name in ("old", "new", "last")]
+        for host in hosts:
+            for run_id in "ab":
+                service.end(service.run(host, run_id), event=b"x" * 30_000)
+        for moment, host in enumerate(hosts):
+            service.away(host, float(moment))
+            assert service.table._unheard.bytes <= 100_000
+        sizes = [
+            [len(kept.event) for run_id in host.kept if (kept := host.kept.get(run_id))]
+            for host in hosts
+            if host.kept
+        ]
+        assert [[size > 1000 for size in each] for each in sizes] == [[False] * 2, [False, True], [True] * 2]
+        huge = service.enter("c", name="huge")
+        service.end(service.run(huge, "r"), event=b"x" * 300_000)
+        service.away(huge, 9.0)
+        assert [len(host.kept or ()) for host in hosts] == [0, 0, 0]
+        kept = huge.kept and huge.kept.get("r")
+        assert kept and len(kept.event) == 300_000
+        assert service.enter("c", 9.0, name="new") is hosts[1]
+        assert lists(hosts[1], "b", "never") == {"lost": ["b", "never"]}
+
+    def test_shelves_share_that_bound(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After the hosts that are away, the oldest end on a shelf goes; what is fetched counts no more."""
+        monkeypatch.setattr(hosts_module, "_MAX_UNHEARD_BYTES", 100_000)
+        host = service.enter("c")
+        for run_id in "abcd":
+            service.end(service.run(host, run_id), event=b"x" * 30_000)
+            host.let_go(run_id, 0.0)
+            service.table.make_room()
+        assert service.table._unheard.bytes == 3 * 30_512
+        assert host.attach(attach("a"), 1.0) is None and host.attach(attach("b"), 1.0) is not None
+        assert service.table._unheard.bytes == 2 * 30_512
 
 
 class TestDetach:
@@ -478,7 +551,8 @@ class TestKeptEvents:
         return run
 
     @pytest.fixture(autouse=True)
-    def counters(self) -> None:
+    def counters(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kept_module, "OVERHEAD", 0)
         self.lost: Counter[str] = Counter()
 
     def keeping(self, max_bytes: int, stub: bytes | None = None) -> KeptEvents:
@@ -531,6 +605,19 @@ class TestKeptEvents:
             self.put(kept, "r", 60)
             self.put(kept, "s", 30)
         assert list(kept) == ["r", "s"] and not kept.incomplete
+
+    def test_what_an_event_takes_besides_its_bytes_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So a flood of empty results is bounded as well."""
+        monkeypatch.setattr(kept_module, "OVERHEAD", 512)
+        kept, account = self.keeping(51_200), Account()
+        kept.book(account)
+        for number in range(500):
+            self.put(kept, str(number), 0)
+        assert len(kept) == 101 and account.bytes == 101 * 512
+        kept.pop("499")
+        assert account.bytes == 100 * 512
+        kept.book(None)
+        assert account.bytes == 0
 
     def test_many_can_be_forgotten_and_replaced_quickly(self) -> None:
         """100,000 events over the bound, acknowledged from the front: no search from the front each time."""

@@ -190,7 +190,7 @@ class Dispatcher:
         for kept in ended:
             self._tell_end(kept.run, kept.event)
         self._stop_jobs(stopped)
-        self._away_alarm.arm()  # something may be on the shelf now
+        self._something_let_go()
 
     def _event_ack(self, host: Host, command: EventAck) -> None:
         if unknown := host.acknowledge(command.run_ids):
@@ -203,8 +203,13 @@ class Dispatcher:
             self._counters["unknown_run"] += 1
         else:
             self._stop_jobs(displaced)
-            self._away_alarm.arm()
+            self._something_let_go()
             self._check_drain()
+
+    def _something_let_go(self) -> None:
+        """See to what may be on a shelf now: it takes room, and will expire."""
+        self._table.make_room()
+        self._away_alarm.arm()
 
     def _attach_task(self, host: Host, command: AttachTask) -> None:
         found = host.attach(command, self._loop.time())
@@ -241,6 +246,8 @@ class Dispatcher:
     def _end(self, run: Run, event: bytes) -> None:
         """Keep the terminal event of a run that has just ended, and tell its host."""
         run.owner.keep(run, event, self._loop.time())
+        if run.owner.connection is None:
+            self._table.make_room()
         if isinstance(run.owner, Shelf):
             self._away_alarm.arm()  # it will expire
         self._tell_end(run, event)

@@ -14,20 +14,23 @@ a host with it      is known by its key id and its own name; its connections
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .greeting import Greeting
 from .host import Host, result_dropped
-from .kept import KeptEvents
+from .kept import Account, KeptEvents
 from .runs import Run
 from .shelf import KEEP_SECONDS, MAX_KEPT_BYTES, Identity, Shelf
 
 __all__ = ["HostTable"]
 
-#: Hosts that are away; beyond that the one that is away for longest is forgotten.
+#: Hosts that are away; beyond that one of them is forgotten.
 _MAX_AWAY = 1000
+#: What is kept for all hosts that are away and on all shelves takes at most, in bytes.
+_MAX_UNHEARD_BYTES = 512 * 1024 * 1024
 
 
 class HostTable:
@@ -43,6 +46,7 @@ class HostTable:
         self._named: dict[Identity, Host] = {}
         self._away: dict[Identity, Host] = {}  # the first is away for longest
         self._shelves: dict[str, Shelf] = {}
+        self._unheard = Account()  # what is kept for nobody who is here
 
     def present(self) -> list[Host]:
         """Return the hosts that have a connection."""
@@ -84,6 +88,8 @@ class HostTable:
         if identity is not None:
             self._named[identity] = host
             self._away.pop(identity, None)
+        if host.kept is not None:
+            host.kept.book(None)
         return host, before, stopped
 
     def _new_host(self, identity: Identity | None, greeting: Greeting) -> Host:
@@ -91,7 +97,7 @@ class HostTable:
         if "ack" in greeting.features:
             kept = KeptEvents(MAX_KEPT_BYTES, self._counters, stub=result_dropped)
         if identity is not None:
-            shelf = self._shelves.setdefault(identity[0], Shelf(self._counters))
+            shelf = self._shelves.setdefault(identity[0], Shelf(self._counters, self._unheard))
         return Host(identity, kept, shelf)
 
     def leave(self, host: Host, now: float) -> list[Run]:
@@ -102,10 +108,33 @@ class HostTable:
             return self._forget(host, now)
         host.away_since = now
         self._away[host.identity] = host
+        assert host.kept is not None  # resume needs ack
+        host.kept.book(self._unheard)
+        self.make_room()
         if len(self._away) <= _MAX_AWAY:
             return []
         self._counters["forgotten_host"] += 1
-        return self._forget(next(iter(self._away.values())), now)
+        return self._forget(self._least_missed(), now)
+
+    def _least_missed(self) -> Host:
+        """Return a host that is away: with nothing here, else with its window over, else for longest."""
+        away = list(self._away.values())
+        empty = (host for host in away if not host.runs and not host.kept)
+        over = (host for host in away if host.window_is_over)
+        return next(empty, None) or next(over, None) or away[0]
+
+    def make_room(self) -> None:
+        """Have hosts that are away, those away for longest first, and shelves give up what is too much."""
+        if self._unheard.bytes <= _MAX_UNHEARD_BYTES:
+            return
+        kept = [host.kept for host in self._away.values() if host.kept]
+        steps: list[Callable[[], bool]] = [functools.partial(each.shrink, 0) for each in kept[:-1]]
+        steps += [shelf.make_room for shelf in self._shelves.values()]
+        steps += [each.shrink for each in kept[-1:]]
+        steps += [each.drop_stub for each in kept]
+        for make_room in steps:
+            while self._unheard.bytes > _MAX_UNHEARD_BYTES and make_room():
+                pass
 
     def next_at(self) -> float | None:
         """Return the moment at which ``due()`` has something to do, None if there is none."""
@@ -139,6 +168,8 @@ class HostTable:
         """Drop the host with everything that is its own; what is under "detach" is let go unless it left."""
         stopped: list[Run] = []
         self._present.discard(host)
+        if host.kept is not None:
+            host.kept.book(None)
         if host.identity is not None:
             self._named.pop(host.identity, None)
             self._away.pop(host.identity, None)

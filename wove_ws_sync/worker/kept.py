@@ -13,7 +13,17 @@ from typing import NamedTuple
 
 from .runs import Run
 
-__all__ = ["Kept", "KeptEvents"]
+__all__ = ["Account", "Kept", "KeptEvents"]
+
+#: What a kept event takes besides its own bytes, about.
+OVERHEAD = 512
+
+
+class Account:
+    """How many bytes are kept in several places together."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
 
 
 class Kept(NamedTuple):
@@ -49,6 +59,7 @@ class KeptEvents:
         self._whole: collections.OrderedDict[str, Kept] = collections.OrderedDict()
         self._stubs: collections.OrderedDict[str, Kept] = collections.OrderedDict()
         self._bytes = 0
+        self._account: Account | None = None
         self.incomplete = False  # something was dropped: an unknown run_id may have been here
 
     def __len__(self) -> int:
@@ -58,6 +69,20 @@ class KeptEvents:
         yield from self._stubs
         yield from self._whole
 
+    def book(self, account: Account | None) -> None:
+        """Have *account* count what is kept here, in place of the one that does so far."""
+        if self._account is not None:
+            self._account.bytes -= self._bytes
+        if account is not None:
+            account.bytes += self._bytes
+        self._account = account
+
+    def _count(self, kept: Kept, sign: int) -> None:
+        size = sign * _cost(kept.event)
+        self._bytes += size
+        if self._account is not None:
+            self._account.bytes += size
+
     def get(self, run_id: str) -> Kept | None:
         """Return what is kept for the run, None if nothing is."""
         return self._whole.get(run_id) or self._stubs.get(run_id)
@@ -66,16 +91,17 @@ class KeptEvents:
         """Forget the run; return what was kept for it."""
         kept = self._whole.pop(run_id, None) or self._stubs.pop(run_id, None)
         if kept is not None:
-            self._bytes -= len(kept.event)
+            self._count(kept, -1)
         return kept
 
     def put(self, run: Run, event: bytes, now: float) -> None:
         """Keep *event*; older ones make room for it if need be."""
         self.pop(run.run_id)
-        self._whole[run.run_id] = Kept(run, event, now)
-        self._bytes += len(event)
-        while self._is_over(len(event)):
-            self._make_room()
+        kept = self._whole[run.run_id] = Kept(run, event, now)
+        self._count(kept, 1)
+        while self._is_over(_cost(event)):
+            if not self.shrink():  # only the newest is whole: its elders' stubs have to go
+                self.drop_stub()
 
     def first_since(self) -> float | None:
         """Return since when the oldest event is here, None if there is none."""
@@ -85,7 +111,7 @@ class KeptEvents:
         """Drop what is here since *moment* or longer; return how much that was."""
         count = 0
         while self._whole and next(iter(self._whole.values())).since <= moment:
-            self._bytes -= len(self._whole.popitem(last=False)[1].event)
+            self._count(self._whole.popitem(last=False)[1], -1)
             count += 1
         return count
 
@@ -93,18 +119,29 @@ class KeptEvents:
         too_many = self._max_count is not None and len(self) > self._max_count
         return too_many or self._bytes - newest > self._max_bytes
 
-    def _make_room(self) -> None:
-        """Replace or drop the oldest event."""
-        if len(self._whole) == 1:  # only the newest is whole: its elders' stubs have to go
-            self._bytes -= len(self._stubs.popitem(last=False)[1].event)
-            self.incomplete = True
-            return
+    def shrink(self, spare: int = 1) -> bool:
+        """Replace or drop the oldest event; False if only stubs and the newest *spare* are left."""
+        if len(self._whole) <= spare:
+            return False
         self._counters["dropped_result"] += 1
         run_id, kept = self._whole.popitem(last=False)
-        self._bytes -= len(kept.event)
+        self._count(kept, -1)
         stub = b"" if self._stub is None else self._stub(kept.run)
         if stub and len(stub) < len(kept.event):
             self._stubs[run_id] = kept._replace(event=stub)
-            self._bytes += len(stub)
+            self._count(self._stubs[run_id], 1)
         else:
             self.incomplete = True
+        return True
+
+    def drop_stub(self) -> bool:
+        """Drop the oldest stub; return whether there was one."""
+        if not self._stubs:
+            return False
+        self._count(self._stubs.popitem(last=False)[1], -1)
+        self.incomplete = True
+        return True
+
+
+def _cost(event: bytes) -> int:
+    return len(event) + OVERHEAD

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .kept import Kept, KeptEvents
+from .kept import Account, Kept, KeptEvents
 from .runs import Run, RunTable
 
 __all__ = ["KEEP_SECONDS", "MAX_KEPT_BYTES", "Identity", "Shelf"]
@@ -30,9 +30,10 @@ class Shelf:
     connection = None
     unconfirmed: frozenset[str] = frozenset()
 
-    def __init__(self, counters: Counter[str]) -> None:
+    def __init__(self, counters: Counter[str], account: Account) -> None:
         self.runs = RunTable()
         self._kept = KeptEvents(MAX_KEPT_BYTES, counters, max_count=_MAX_KEPT)
+        self._kept.book(account)
 
     def put(self, run: Run, origin: Identity) -> list[Run]:
         """Take a live run from *origin*; return the runs whose place it takes, which are to be stopped."""
@@ -72,6 +73,10 @@ class Shelf:
         else:
             self._kept.pop(run_id)
         return run or kept
+
+    def make_room(self) -> bool:
+        """Drop the oldest event but the newest; return whether there was one."""
+        return self._kept.shrink()
 
     def next_at(self) -> float | None:
         """Return the moment at which the next kept event expires, None if there is none."""
