@@ -9,6 +9,7 @@ Everything here happens on the event loop that serves connections.
 from __future__ import annotations
 
 import asyncio
+import collections
 import functools
 import logging
 from collections import Counter
@@ -54,6 +55,8 @@ class HostConnection:
         self._socket = socket
         self._counters = counters
         self._queue = SendQueue(min(SMALL, greeting.limit) if greeting.ours else 0)
+        self._parked: collections.deque[bytes] = collections.deque()  # read while nothing was obeyed
+        self._parked_bytes = 0
         self._idle_writer: asyncio.Future[None] | None = None
         self._full_reader: asyncio.Future[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -67,7 +70,11 @@ class HostConnection:
         writer = asyncio.create_task(self._write())
         try:
             while True:
-                message = await self._socket.recv(decode=False)
+                if self._parked:
+                    message = self._parked.popleft()
+                    self._parked_bytes -= len(message)
+                else:
+                    message = await self._socket.recv(decode=False)
                 try:
                     command = None if self._closing else read(message)
                 except InvalidMessage as exc:
@@ -83,8 +90,7 @@ class HostConnection:
                     obey(self, command)
                 del command
                 while self._queue.bytes > _MAX_WAITING and not writer.done():
-                    self._full_reader = asyncio.get_running_loop().create_future()
-                    await self._full_reader
+                    await self._wait_for_room()
         except ConnectionClosed:
             return
         finally:
@@ -92,6 +98,25 @@ class HostConnection:
             self._forget_queue()
             writer.cancel()
             await asyncio.wait([writer] if self._closing is None else [writer, self._closing])
+
+    async def _wait_for_room(self) -> None:
+        """Obey nothing for now. As much as may wait is read nonetheless: a pong may be behind it."""
+        room = self._full_reader = asyncio.get_running_loop().create_future()
+        while self._parked_bytes <= _MAX_WAITING and not room.done():
+            reading = asyncio.ensure_future(self._socket.recv(decode=False))
+            try:
+                await asyncio.wait((reading, room), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                reading.cancel()  # which loses nothing
+            try:
+                self._parked.append(await reading)
+            except (asyncio.CancelledError, ConnectionClosed):
+                break
+            self._parked_bytes += len(self._parked[-1])
+        if not room.done():
+            self._socket.transport.pause_reading()
+            await room
+            self._socket.transport.resume_reading()
 
     async def _refuse(self, exc: InvalidMessage) -> None:
         self._counters["invalid_message"] += 1
