@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import secrets
+import socket
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
@@ -252,3 +253,33 @@ def test_serve_forever_outlasts_the_drain(running: Running, gate: Path) -> None:
     gate.touch()
     assert drained.result(PATIENCE) is True
     served.result(PATIENCE)
+
+
+def test_a_slow_host_has_its_results_before_the_drain_is_over(running: Running, gate: Path) -> None:
+    """A foreign host that reads nothing for a while: what this process still has counts as unwritten."""
+    assert running.service._server is not None
+    for listener in running.service._server.sockets:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    small_buffer = socket.socket()
+    small_buffer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    host, port = running.url.removeprefix("ws://").partition("/")[0].split(":")
+    small_buffer.connect((host, int(port)))
+    with RawHost(running, sock=small_buffer, max_queue=1) as foreign:
+        foreign.run(occupy(str(gate)), "first")  # there is one slot, so the others wait for it
+        for number in range(45):
+            foreign.run(lambda: b"x" * 4_000, f"r{number}")
+        wait_until(lambda: alive(running) == 46)
+        gate.touch()
+        wait_until(lambda: alive(running) == 0)
+        drained = running.drain(PATIENCE)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            drained.result(3.0)  # longer than a close is waited for
+        results = {f"r{number}": foreign.result(f"r{number}") for number in range(45)}
+        assert all(len(result) == 4_000 for result in results.values())
+        assert closed_with(foreign) == 1001
+        drained.result(PATIENCE)
+
+
+def alive(running: Running) -> int:
+    assert running.service._dispatcher is not None
+    return running.service._dispatcher.counts()[0]

@@ -59,6 +59,7 @@ class HostConnection:
         self._parked_bytes = 0
         self._idle_writer: asyncio.Future[None] | None = None
         self._full_reader: asyncio.Future[None] | None = None
+        self._must_flush = False
         self._closing: asyncio.Task[None] | None = None
 
     async def serve(
@@ -145,6 +146,12 @@ class HostConnection:
         except Exception:
             _logger.debug("Breaking the connection of a host failed.", exc_info=True)
 
+    def write_through(self) -> None:
+        """Take nothing for written from now on that this process still has, as its end would lose it."""
+        self._socket.transport.set_write_buffer_limits(0)
+        self._must_flush = True
+        _wake(self._idle_writer)
+
     @property
     def is_idle(self) -> bool:
         """Tell whether everything that was to be sent is written."""
@@ -197,6 +204,9 @@ class HostConnection:
         """Send what is queued: small events, then one large one, then again."""
         try:
             while True:
+                if self._must_flush:
+                    self._must_flush = False
+                    await self._socket.ping()  # it leaves after what was written before
                 if not self._queue:
                     self._idle_writer = asyncio.get_running_loop().create_future()
                     if self.on_idle is not None:
