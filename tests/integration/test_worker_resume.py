@@ -548,6 +548,7 @@ class TestOthers:
             host.wait(kind="task_started")
             for kind in ("resume", "event_ack", "detach_task", "attach_task"):
                 host.send(type=kind, run_id="r", task_id="task", run_ids=[], delivery={})
+                host.send(type=kind, run_id="malformed", delivery=[])
             assert host.is_quiet()
             gate.touch()
             assert host.result() is None

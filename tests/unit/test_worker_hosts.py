@@ -416,6 +416,7 @@ class TestDetach:
         service.end(run, 5.0)
         kept = other.attach(attach("r"), 6.0)
         assert isinstance(kept, Kept) and kept.event == b"the end" and kept.run.owner is other
+        assert (kept.run.cancel_mode, kept.run.orphan_policy) == ("require_ack", "detach")
         assert host.attach(attach("r"), 7.0) is None
         assert other.kept is not None and other.kept.pop("r") is not None
         assert other.attach(attach("r"), 8.0) is None

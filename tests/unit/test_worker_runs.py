@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wove_ws_sync.frames import InvalidMessage
+from wove_ws_sync.worker.alarm import Alarm
 from wove_ws_sync.worker.commands import (
     AttachTask,
     CancelTask,
@@ -290,9 +292,42 @@ def test_commands_of_the_extensions_are_read() -> None:
 @pytest.mark.parametrize("kind", ["resume", "event_ack"])
 @pytest.mark.parametrize(
     "fields",
-    [{"run_ids": odd} for odd in (..., None, "r", {}, [1], [""], [["r"]], ["r", None], ["x" * 5000])]
+    [
+        {"run_ids": odd}
+        for odd in (..., None, "r", {}, [1], [""], [["r"]], ["r", None], ["x" * 5000], ["r"] * 100_001)
+    ]
     + [{"run_ids": ["r"], "more": odd} for odd in (None, 1, "true", [])],
 )
 def test_an_odd_list_of_runs_is_ignored(kind: str, fields: dict[str, Any]) -> None:
     """As a whole: half of a list would end the runs of the other half."""
     assert read(message(type=kind, **fields)) == Ignored("run_ids")
+
+
+def test_a_list_of_100000_runs_is_read() -> None:
+    """It is the longest."""
+    assert read(message(type="event_ack", run_ids=["r"] * 100_000)) == EventAck(("r",) * 100_000)
+
+
+def test_a_run_that_was_removed_beats_when_it_is_added_again() -> None:
+    """While nobody hears of it, it costs nothing, however often it would beat."""
+    table, schedule = RunTable(), BeatSchedule()
+    run = accepted(table, beat=1.0)
+    schedule.add(run, 0.0)
+    for due in schedule.due(1.0):
+        schedule.remove(due)
+    assert schedule.next_at() is None and len(schedule) == 0
+    schedule.add(run, 10.0)
+    assert schedule.next_at() == 11.0 and list(schedule.due(11.0)) == [run]
+
+
+def test_an_alarm_that_was_stopped_stays_silent() -> None:
+    """A host that leaves while the service closes does not wake it again."""
+    loop = asyncio.new_event_loop()
+    try:
+        alarm = Alarm(loop, lambda: 5.0, lambda now: None)
+        alarm.arm()
+        alarm.stop()
+        alarm.arm()
+        assert alarm._handle is None
+    finally:
+        loop.close()

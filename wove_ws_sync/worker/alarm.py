@@ -24,10 +24,11 @@ class Alarm:
         self._next_at = next_at
         self._act = act
         self._handle: asyncio.TimerHandle | None = None
+        self._is_stopped = False
 
     def arm(self) -> None:
         """Look again when it is due next; it may have become earlier."""
-        moment = self._next_at()
+        moment = None if self._is_stopped else self._next_at()
         if moment is None or (self._handle is not None and self._handle.when() <= moment):
             return
         if self._handle is not None:
@@ -40,7 +41,8 @@ class Alarm:
         self.arm()
 
     def stop(self) -> None:
-        """Be silent from now on, until armed again."""
+        """Be silent for good."""
+        self._is_stopped = True
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None

@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 _MAX_ID = 4096
+#: A longer list of runs would hold up every other host.
+_MAX_RUN_IDS = 100_000
 _CANCEL_MODES = ("best_effort", "require_ack")
 _ORPHAN_POLICIES = ("fail", "cancel", "requeue", "detach")
 #: A host that asks for more beats than 100 a second gets 100 a second.
@@ -82,11 +84,15 @@ class EventAck:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MalformedRun:
-    """A command that names its run and is wrong otherwise: that run gets the error."""
+    """A command that names its run and is wrong otherwise: that run gets the error.
+
+    ``kind`` is its type, "run_task" or "attach_task".
+    """
 
     run_id: str
     task_id: str
     message: str
+    kind: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,10 +147,10 @@ def read(message: bytes | str) -> Command:
         return DetachTask(run_id)
     task_id = frame.get("task_id")
     if not isinstance(task_id, str) or len(task_id) > _MAX_ID:
-        return MalformedRun(run_id, "", f"{kind} needs a task_id, a string of at most 4096 characters.")
+        return MalformedRun(run_id, "", f"{kind} needs a task_id, a string of at most 4096 characters.", kind)
     delivery = _delivery(frame, kind)
     if isinstance(delivery, str):
-        return MalformedRun(run_id, task_id, delivery)
+        return MalformedRun(run_id, task_id, delivery, kind)
     if kind == "attach_task":
         return AttachTask(run_id, task_id, *delivery)
     return _run_task(frame, run_id, task_id, delivery)
@@ -163,7 +169,7 @@ def _parse(message: bytes | str) -> Any:
 
 def _about_runs(frame: dict[str, Any], kind: str) -> Resume | EventAck | Ignored:
     run_ids, more = frame.get("run_ids"), frame.get("more", False)
-    if not isinstance(run_ids, list) or not isinstance(more, bool):
+    if not isinstance(run_ids, list) or len(run_ids) > _MAX_RUN_IDS or not isinstance(more, bool):
         return Ignored("run_ids")
     if not all(isinstance(run_id, str) and 0 < len(run_id) <= _MAX_ID for run_id in run_ids):
         return Ignored("run_ids")
@@ -175,9 +181,9 @@ def _run_task(
 ) -> RunTask | MalformedRun:
     function, args = frame.get("callable_pickle"), frame.get("args_pickle")
     if not isinstance(function, str) or not function:
-        return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.")
+        return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.", "run_task")
     if args is not None and not isinstance(args, str):
-        return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.")
+        return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.", "run_task")
     return RunTask(run_id, task_id, function, args or None, *delivery)
 
 

@@ -47,7 +47,13 @@ __all__ = ["Dispatcher"]
 _logger = logging.getLogger("wove_ws_sync.worker")
 
 #: Commands of an extension count as unknown where that is not used.
-_NEEDS: dict[type, str] = {Resume: "resume", DetachTask: "resume", AttachTask: "resume", EventAck: "ack"}
+_NEEDS: dict[Any, str] = {
+    Resume: "resume",
+    DetachTask: "resume",
+    AttachTask: "resume",
+    "attach_task": "resume",  # a malformed one
+    EventAck: "ack",
+}
 #: A terminal event up to this size waits to be written as it is: what stands for it is no smaller.
 _TINY = 1024
 #: What the last errors of a drain may take to be written, in seconds.
@@ -113,7 +119,7 @@ class Dispatcher:
     def _obey(self, connection: HostConnection, command: Command) -> None:
         if self._closed:
             return
-        needed = _NEEDS.get(type(command))
+        needed = _NEEDS.get(command.kind if isinstance(command, MalformedRun) else type(command))
         if needed is None or needed in connection.greeting.features:
             self._commands[type(command)](connection.host, command)
         else:
@@ -147,6 +153,8 @@ class Dispatcher:
         found = host.find(run_id, self._loop.time())
         if isinstance(found, Kept):
             self._tell_end(found.run, found.event)
+        elif found is not None:
+            self._expect_beats(found)
         return found is not None
 
     def _cancel_task(self, host: Host, command: CancelTask) -> None:
@@ -185,8 +193,10 @@ class Dispatcher:
         host.connection.send_first(encode(state))
         for run_id in state["alive"]:  # it may have begun while nobody heard
             run = host.runs.get(run_id)
-            if run is not None and run.state is RunState.RUNNING:
-                host.connection.send(life_event(run.run_id, run.task_id, started=True))
+            if run is not None:
+                self._expect_beats(run)
+                if run.state is RunState.RUNNING:
+                    host.connection.send(life_event(run.run_id, run.task_id, started=True))
         for kept in ended:
             self._tell_end(kept.run, kept.event)
         self._stop_jobs(stopped)
@@ -279,6 +289,8 @@ class Dispatcher:
         for run in self._beats.due(now):
             if _is_heard(run):
                 run.owner.connection.beat(run)
+            else:
+                self._beats.remove(run)  # until somebody asks for it
 
     def _end_absences(self, now: float) -> None:
         self._stop_jobs(self._table.due(now))
@@ -317,6 +329,7 @@ class Dispatcher:
     def _announce_drain(self, connection: HostConnection) -> None:
         """Tell the host, if it knows of draining, and have its connection say when it is idle."""
         connection.on_idle = self._check_drain
+        connection.write_through()
         if "drain" in connection.greeting.features:
             assert self._drain_until is not None
             left = max(0.0, self._drain_until - self._loop.time())

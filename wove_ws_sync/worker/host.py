@@ -167,10 +167,11 @@ class Host:
         """Take a run, or its kept end, from the shelf, whoever put it there."""
         self.unconfirmed.discard(command.run_id)
         found = self.find(command.run_id, now) or self._take(command.run_id, None, now)
-        if isinstance(found, Run):
-            found.beat_interval = command.beat_interval
-            found.cancel_mode = command.cancel_mode
-            found.orphan_policy = command.orphan_policy
+        if found is not None:
+            run = found.run if isinstance(found, Kept) else found
+            run.beat_interval = command.beat_interval
+            run.cancel_mode = command.cancel_mode
+            run.orphan_policy = command.orphan_policy
         return found
 
     def end_window(self, now: float) -> list[Run]:

@@ -170,6 +170,10 @@ class BeatSchedule:
         if len(self._heap) > 2 * self._live_at_sweep:
             self._sweep()
 
+    def remove(self, run: Run) -> None:
+        """Have *run* beat no more, until it is added again."""
+        run.beat_serial = -1
+
     def next_at(self) -> float | None:
         """Return the moment of the next beat, None if there is none."""
         while self._heap and not _is_valid(self._heap[0]):
