@@ -22,7 +22,7 @@ EVERYTHING = "resume,ack,drain"
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[LoopbackWorker]:
-    with LoopbackWorker(workers=8) as running:
+    with LoopbackWorker(workers=8, args=["--max-kept-bytes", str(64 * 1024 * 1024)]) as running:
         yield running
 
 
@@ -319,8 +319,8 @@ class TestCut:
             host.cut()
         return found == {"finished": [run_id]}
 
-    def test_64_mib_of_ends_are_kept(self, caller: Caller, tmp_path: Path, gate: Path) -> None:
-        """The oldest are replaced by ResultDropped, the newest is whole."""
+    def test_so_many_bytes_of_ends_are_kept(self, caller: Caller, tmp_path: Path, gate: Path) -> None:
+        """--max-kept-bytes: the oldest are replaced by ResultDropped, the newest is whole."""
 
         def task(gate: str, done: str) -> bytes:
             import pathlib

@@ -28,7 +28,7 @@ MIB = 1024 * 1024
 @pytest.fixture
 def worker() -> Iterator[LoopbackWorker]:
     """A worker of the test's own, whose memory is looked at."""
-    with LoopbackWorker(workers=4) as running:
+    with LoopbackWorker(workers=4, args=["--max-kept-bytes", str(64 * MIB)]) as running:
         yield running
 
 

@@ -44,7 +44,7 @@ class Service:
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
-        self.table = HostTable(self.counters)
+        self.table = HostTable(self.counters, max_kept_bytes=64 * 1024 * 1024)
 
     def enter(self, connection: str, now: float = 0.0, key: str = "key", **said: Any) -> Host:
         host, before, stopped = self.table.enter(key, greeting(**said), connection, now)
@@ -150,7 +150,7 @@ class TestResume:
         self, service: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It may be the one that was dropped, and must not be taken for a run that never arrived."""
-        monkeypatch.setattr(hosts_module, "MAX_KEPT_BYTES", 100)
+        service.table._max_kept_bytes = 100
         host = service.enter("one")
         for number in range(30):
             service.end(service.run(host, f"r{number}"), event=b"tiny event")
@@ -183,7 +183,7 @@ class TestResume:
         self, service: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After the last ``resume`` a run that never arrived is unknown again; what was lost stays lost."""
-        monkeypatch.setattr(hosts_module, "MAX_KEPT_BYTES", 100)
+        service.table._max_kept_bytes = 100
         host = service.enter("one", window=1.0)
         for number in range(30):
             service.end(service.run(host, f"r{number}"), event=b"tiny event")

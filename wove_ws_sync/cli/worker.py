@@ -44,6 +44,8 @@ def register(subparsers: Any) -> None:
     add("--workers", type=_positive, metavar="N", help="tasks at once (default: CPUs + 4, at most 32)")
     add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
         help="largest message accepted from a host (default: 256 MiB)")  # fmt: skip
+    add("--max-kept-bytes", type=_positive, default=512 * 1024 * 1024, metavar="BYTES",
+        help="what results may take that have not arrived, for each host (default: 512 MiB)")  # fmt: skip
     add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
     add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
     add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
@@ -148,6 +150,7 @@ async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) ->
             workers=options.workers,
             ssl_context=context,
             max_message_bytes=options.max_message_bytes,
+            max_kept_bytes=options.max_kept_bytes,
             insecure=options.insecure,
         )
         await service.start()

@@ -34,7 +34,8 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 CLOSE_TIMEOUT = 1.0
 #: A larger message leaves in pieces of this size, so that pings and pongs get in between.
 _FRAGMENT = 1024 * 1024
-#: Where more than this waits to be written, in bytes, no further command is read.
+#: Where answers of more than this wait to be written, in bytes, no further command is read. What is
+#: kept for the host anyway does not count: a large result must not delay its commands.
 _MAX_WAITING = 8 * 1024 * 1024
 #: What a heartbeat takes, about.
 _BEAT_SIZE = 64
@@ -159,7 +160,7 @@ class HostConnection:
 
     @property
     def waiting_bytes(self) -> int:
-        """Return how much waits to be written."""
+        """Return how much memory waits to be written."""
         return self._queue.bytes
 
     def send(self, event: bytes) -> None:

@@ -40,7 +40,7 @@ from .jobs import Job
 from .kept import Kept
 from .outbox import Outbox
 from .runs import BeatSchedule, Run, RunState, Stopped
-from .shelf import MAX_KEPT_BYTES, Shelf
+from .shelf import Shelf
 
 __all__ = ["Dispatcher"]
 
@@ -63,12 +63,20 @@ _FLUSH_TIMEOUT = 1.0
 class Dispatcher:
     """Obey hosts. One for a service; *counters* are the service's."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine, counters: Counter[str]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        engine: Engine,
+        counters: Counter[str],
+        *,
+        max_kept_bytes: int,
+    ) -> None:
         self._loop = loop
         self._engine = engine
         self._counters = counters
         self._outbox = Outbox(loop, self._happened)
-        self._table = HostTable(counters)
+        self._table = HostTable(counters, max_kept_bytes=max_kept_bytes)
+        self._max_kept_bytes = max_kept_bytes
         self._beats = BeatSchedule()
         self._beat_alarm = Alarm(loop, self._beats.next_at, self._beat)
         self._away_alarm = Alarm(loop, self._table.next_at, self._end_absences)
@@ -269,7 +277,7 @@ class Dispatcher:
             return
         host: Host = run.owner
         connection, limit = host.connection, host.connection.greeting.limit
-        if host.kept is None and connection.waiting_bytes > MAX_KEPT_BYTES:
+        if host.kept is None and connection.waiting_bytes > self._max_kept_bytes:
             dropped = result_dropped(run)
             if len(dropped) < len(event):
                 self._counters["dropped_result"] += 1

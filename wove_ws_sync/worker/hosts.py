@@ -23,7 +23,7 @@ from .greeting import Greeting
 from .host import Host, result_dropped
 from .kept import Account, KeptEvents
 from .runs import Run
-from .shelf import KEEP_SECONDS, MAX_KEPT_BYTES, Identity, Shelf
+from .shelf import KEEP_SECONDS, Identity, Shelf
 
 __all__ = ["HostTable"]
 
@@ -36,12 +36,13 @@ _MAX_UNHEARD_BYTES = 512 * 1024 * 1024
 class HostTable:
     """Every host of the service, present or away, and the shelf of each key id.
 
-    *counters* counts what is dropped. Methods that return runs have ended them: their jobs
-    are to be stopped.
+    *counters* counts what is dropped, *max_kept_bytes* bounds what is kept for each host. Methods
+    that return runs have ended them: their jobs are to be stopped.
     """
 
-    def __init__(self, counters: Counter[str]) -> None:
+    def __init__(self, counters: Counter[str], *, max_kept_bytes: int) -> None:
         self._counters = counters
+        self._max_kept_bytes = max_kept_bytes
         self._present: set[Host] = set()
         self._named: dict[Identity, Host] = {}
         self._away: dict[Identity, Host] = {}  # the first is away for longest
@@ -95,7 +96,7 @@ class HostTable:
     def _new_host(self, identity: Identity | None, greeting: Greeting) -> Host:
         kept = shelf = None
         if "ack" in greeting.features:
-            kept = KeptEvents(MAX_KEPT_BYTES, self._counters, stub=result_dropped)
+            kept = KeptEvents(self._max_kept_bytes, self._counters, stub=result_dropped)
         if identity is not None:
             shelf = self._shelves.setdefault(identity[0], Shelf(self._counters, self._unheard))
         return Host(identity, kept, shelf)

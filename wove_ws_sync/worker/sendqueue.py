@@ -27,7 +27,6 @@ class _Log(bytes):
 class _Later(NamedTuple):
     """An event that is made when its turn has come: it costs no memory until then."""
 
-    size: int
     make: Callable[[], bytes]
 
 
@@ -35,8 +34,7 @@ class SendQueue:
     """Small events before large ones, and none before what was queued earlier and is small.
 
     Small events share messages of at most *batch_bytes*, as a list; 0 forbids that. ``bytes``
-    is how much waits, and what waits to be made counts with the size that it had when it
-    was queued.
+    is how much memory waits; what is made in its turn takes none.
     """
 
     def __init__(self, batch_bytes: int) -> None:
@@ -58,7 +56,7 @@ class SendQueue:
 
     def put_later(self, size: int, make: Callable[[], bytes]) -> None:
         """Queue what *make* returns in its turn, about *size* bytes; b"" is nothing to say."""
-        self._append(_Later(size, make), size, False)
+        self._append(_Later(make), size, False)
 
     def put_log(self, event: bytes) -> bool:
         """Queue a log event, unless too much waits already; return whether it was queued."""
@@ -69,7 +67,8 @@ class SendQueue:
         return True
 
     def _append(self, item: bytes | _Later, size: int, first: bool) -> None:
-        self.bytes += size
+        if isinstance(item, bytes):
+            self.bytes += size
         if first or size <= SMALL:
             self._put += 1
             self._small.append(item)
@@ -123,5 +122,4 @@ class SendQueue:
         if isinstance(item, bytes):
             self.bytes -= len(item)
             return item
-        self.bytes -= item.size
         return item.make()

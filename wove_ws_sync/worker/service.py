@@ -37,6 +37,7 @@ _wire_logger = logging.getLogger("wove_ws_sync.worker.wire")
 _wire_logger.setLevel(logging.WARNING)
 
 _DEFAULT_MAX_MESSAGE = 256 * 1024 * 1024
+_DEFAULT_MAX_KEPT = 512 * 1024 * 1024
 _PING_INTERVAL = 20.0
 #: More than the minute for which a host may be suspended without losing its connection.
 _PING_TIMEOUT = 75.0
@@ -50,9 +51,10 @@ class WorkerService:
     is Wove's executor_config value: ``"env:VARIABLE"``, a dictionary, or None for no
     authentication. ``engine`` is a name or an Engine, ``workers`` the number of its slots
     (default: CPUs + 4, at most 32). ``ssl_context`` makes it wss. ``max_message_bytes``
-    (default 256 MiB) is the largest message accepted from a host. ``insecure`` allows to
-    listen beyond loopback without TLS and security. ``counters`` tells what was refused,
-    ignored or dropped, by reason.
+    (default 256 MiB) is the largest message accepted from a host, ``max_kept_bytes`` (default
+    512 MiB) what the results of a host may take that have not arrived there, the newest not
+    counted. ``insecure`` allows to listen beyond loopback without TLS and security.
+    ``counters`` tells what was refused, ignored or dropped, by reason.
 
     Raises ValueError or TypeError for wrong arguments and RuntimeError for a secret that
     is missing from the environment; ``start()`` raises OSError if the port is taken.
@@ -69,6 +71,7 @@ class WorkerService:
         workers: int | None = None,
         ssl_context: ssl.SSLContext | None = None,
         max_message_bytes: int = _DEFAULT_MAX_MESSAGE,
+        max_kept_bytes: int = _DEFAULT_MAX_KEPT,
         insecure: bool = False,
     ) -> None:
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
@@ -78,6 +81,8 @@ class WorkerService:
         if max_message_bytes < SMALLEST_LIMIT:
             least = f"at least {SMALLEST_LIMIT}"
             raise ValueError(f"max_message_bytes must be {least}, not {max_message_bytes}.")
+        if max_kept_bytes < 1:
+            raise ValueError(f"max_kept_bytes must be above 0, not {max_kept_bytes}.")
         self._auth = Authenticator(security)
         authenticated = self._auth.mode != "none"
         check_listening(host, tls=ssl_context is not None, authenticated=authenticated, insecure=insecure)
@@ -87,6 +92,7 @@ class WorkerService:
         self._path = path
         self._ssl_context = ssl_context
         self._max_message_bytes = max_message_bytes
+        self._max_kept_bytes = max_kept_bytes
         self._insecure = insecure
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
@@ -122,7 +128,9 @@ class WorkerService:
         """Listen. Raises OSError if the address cannot be had, RuntimeError when called again."""
         if self._dispatcher is not None:
             raise RuntimeError("A WorkerService starts once; make another one.")
-        self._dispatcher = Dispatcher(asyncio.get_running_loop(), self._engine, self.counters)
+        self._dispatcher = Dispatcher(
+            asyncio.get_running_loop(), self._engine, self.counters, max_kept_bytes=self._max_kept_bytes
+        )
         self._id = secrets.token_hex(16)
         try:
             self._engine.start()
