@@ -52,6 +52,13 @@ async def forever():
     import asyncio
     await asyncio.sleep(600)
 
+def unseen_fork():
+    # C forks without a word to Python. A thread of the parent that is just then on its way into the
+    # interpreter leaves the child's lock of it in pieces, whoever forks: let them all come to rest.
+    import ctypes
+    time.sleep(0.3)
+    return ctypes.PyDLL(None).fork()
+
 def wait_running(*futures):
     for future in futures:
         while not future.running():

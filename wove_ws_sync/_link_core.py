@@ -105,7 +105,7 @@ class LinkCore:
         # The instance that the newest connection reached; runs can only be resumed there.
         self._worker = ""
         # Those who wait for room in the send buffer, in order.
-        self._crowd: deque[object] = deque()
+        self._crowd: deque[tuple[int, object]] = deque()
         # Those who wait for a connection.
         self._connecting: set[object] = set()
         self._idle_since = self._clock.monotonic()
@@ -228,9 +228,13 @@ class LinkCore:
                     parcel = run.receipt
                     if run.generation != connection.generation or not isinstance(parcel, Parcel):
                         continue
-                    if not (parcel.queued or parcel.started):
-                        connection.transport.post(parcel)
+                    if not (parcel.queued or parcel.started):  # nor withdrawn for good
+                        run.receipt = Parcel(frames.with_attempt(run.message, run.attempt))
+                        connection.transport.post(run.receipt)
+            for ticket in [one for one in self._crowd if one[0] == threading.get_ident()]:
+                self._crowd.remove(ticket)
             self._follow_up(effects)
+            effects.append(Posted())
             moment = self._next_decision()
         self._apply(effects)
         self._mind(moment)

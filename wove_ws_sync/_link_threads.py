@@ -385,9 +385,11 @@ class LinkThreads(LinkCore):
         with self._state_lock:
             effects = self._table.tick(now, floor)
             self._follow_up(effects)
-        connection.check(self.options, now, behind=behind)
-        self._dial_if_due(connection, now)
-        self._apply(effects)  # last: a callback may take its time
+        try:
+            connection.check(self.options, now, behind=behind)
+            self._dial_if_due(connection, now)
+        finally:
+            self._apply(effects)  # last: a callback may take its time
         self._close_if_idle(connection, now)
 
     def _close_if_idle(self, connection: Connection, now: float) -> None:

@@ -155,6 +155,7 @@ class MemoryTransport:
                 return False
             parcel.queued = False
             self._queue.remove(parcel)
+            parcel.data = b""
             return True
 
     def pump(self, until: Parcel | None = None, timeout: float | None = 0.0) -> bool:

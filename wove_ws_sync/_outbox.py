@@ -159,7 +159,8 @@ class Outbox:
                 while self._queue and self._current is None:
                     parcel = self._queue.popleft()
                     if parcel.queued:
-                        parcel.queued, parcel.started = False, True
+                        parcel.started = True  # first: what is neither was never queued
+                        parcel.queued = False
                         self._current, self._offset = parcel, 0
         if self._current is not None:
             return self._next_fragment(self._current)

@@ -273,6 +273,7 @@ class _Core:
 
     def new_run_id(self, fn: Any) -> str:
         """Return an id for a run of *fn*: its name, for people, and 32 hexadecimal digits."""
+        _fork.check()  # a child has a series of its own
         return f"{getattr(fn, '__name__', type(fn).__name__)}:{self._series}{next(self._serials):08x}"
 
     def submit(

@@ -6,6 +6,7 @@ pickles, waits for the peer longer than a run's deadline. Its threads are in ``_
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Hashable
 
@@ -158,7 +159,8 @@ class Link(LinkThreads):
 
     def _register(self, run: Run, *, block: bool) -> tuple[list[Effect], float | None, Connection | None]:
         """Take *run* into the table, once there is room for it, and post it if it may go."""
-        ticket = object()  # whoever comes first gets the first room, however much it needs
+        # Whoever comes first gets the first room, however much it needs.
+        ticket = (threading.get_ident(), object())
         try:
             while True:
                 with self._state_lock:

@@ -37,8 +37,6 @@ def script(worker: LoopbackWorker, tmp_path: Path) -> Iterator[Callable[..., Scr
 # -- a thousand runs in flight ------------------------------------------------------------
 
 IN_FLIGHT = """
-import ctypes
-c_fork = ctypes.PyDLL(None).fork
 
 async def wait_for(path, number):
     import asyncio, os
@@ -97,13 +95,13 @@ process.start()
 child = process.pid
 """,
     "unseen, exits": """
-child = c_fork()
+child = unseen_fork()
 if child == 0:
     gc.collect()
     os._exit(3)
 """,
     "unseen, submits": """
-child = c_fork()
+child = unseen_fork()
 if child == 0:
     assert pool.submit(add, 1, 2).result(30) == 3
     assert concurrent.futures.wait(runs, 30).done == set(runs)
@@ -135,8 +133,6 @@ def test_f33_a_thousand_runs_in_flight(
 # -- forks that Python does not see -------------------------------------------------------
 
 UNSEEN = """
-    import ctypes
-    c_fork = ctypes.PyDLL(None).fork
     seen = []
     os.register_at_fork(after_in_child=lambda: seen.append(os.getpid()))
 
@@ -191,7 +187,7 @@ UNSEEN = """
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait()
-    child = c_fork()
+    child = unseen_fork()
     if child == 0:
         status = 1
         try:
@@ -269,12 +265,35 @@ def test_f33_whatever_a_child_of_an_unseen_fork_calls_first(
     assert script(UNSEEN.replace("FIRST", call), flags=QUIET).end() == ("", "", 0)
 
 
+def test_f33_children_name_their_runs_apart(script: Callable[..., Script]) -> None:
+    """The first id of each child of an unseen fork differs from those of its parent and its siblings."""
+    code = """
+        pool = executor()
+        ids = []
+        for _ in range(3):
+            reading, writing = os.pipe()
+            child = unseen_fork()
+            if child == 0:
+                try:
+                    signal.alarm(20)
+                    os.write(writing, pool.submit(add, 1, 1).run_id.encode())
+                finally:
+                    os._exit(0)
+            os.close(writing)
+            ids.append(os.read(reading, 1000))
+            os.close(reading)
+            assert os.waitpid(child, 0)[1] == 0
+        ids.append(pool.submit(add, 1, 1).run_id.encode())
+        assert len(set(ids)) == 4 and all(ids), ids
+        pool.shutdown()
+    """
+    assert script(code, flags=QUIET).end() == ("", "", 0)
+
+
 def test_f33_threads_of_a_child_forget_once(script: Callable[..., Script]) -> None:
     """Eight threads that find out at the same moment: one forgets, the others wait for it."""
     code = """
-        import ctypes
         from wove_ws_sync import _fork
-        c_fork = ctypes.PyDLL(None).fork
         pool = executor()
         assert pool.submit(add, 1, 1).result() == 2
         calls = []
@@ -284,7 +303,7 @@ def test_f33_threads_of_a_child_forget_once(script: Callable[..., Script]) -> No
             calls.append(threading.get_ident())
             time.sleep(0.3)  # so that the others come meanwhile
 
-        child = c_fork()
+        child = unseen_fork()
         if child == 0:
             status = 1
             try:
@@ -316,9 +335,7 @@ def test_f33_threads_of_a_child_forget_once(script: Callable[..., Script]) -> No
 def test_f33_an_interrupted_forgetting_is_begun_anew(script: Callable[..., Script]) -> None:
     """An exception of a signal handler in the middle of it costs nothing but that call."""
     code = """
-        import ctypes
         from wove_ws_sync import _fork
-        c_fork = ctypes.PyDLL(None).fork
         pool = executor()
         run = pool.submit(nap, 1.0)
         wait_running(run)
@@ -330,7 +347,7 @@ def test_f33_an_interrupted_forgetting_is_begun_anew(script: Callable[..., Scrip
             if len(strikes) == 1:
                 raise KeyboardInterrupt
 
-        child = c_fork()
+        child = unseen_fork()
         if child == 0:
             status = 1
             try:

@@ -499,3 +499,33 @@ def test_ended_runs_hold_no_memory(make: Callable[..., Fixture]) -> None:
     stats = fixture.link.stats()
     assert stats["buffered_bytes"] < 1000 and stats["runs"] == 1
     assert all(run.receipt is None for _, _, run in fixture.link._table._alarms if run.terminal)
+
+
+def test_f35_an_exception_that_strikes_a_waiter_blocks_nobody(make: Callable[..., Fixture]) -> None:
+    """Its turn for room goes with it, wherever in the way back it struck."""
+    fixture = make(send_buffer_bytes=2048)
+    worker = fixture.worker()
+    fixture.submit("r1", size=3000)
+    fixture.link._crowd.append((threading.get_ident(), object()))  # as a strike would leave it
+    fixture.link._mend()  # as it does on its way out
+    worker.feed({"type": "task_started", "run_id": "r1"})
+    fixture.submit("r2", size=100)
+    assert [frame["run_id"] for frame in worker.sent(2)] == ["r1", "r2"]
+
+
+def test_f35_a_message_withdrawn_by_a_decision_that_was_struck_is_made_anew(
+    make: Callable[..., Fixture],
+) -> None:
+    """Nothing empty leaves, and the run goes out after all."""
+    fixture = make()
+    worker = fixture.worker()
+    fixture.submit("first")
+    worker.sent(1)
+    worker.reading = False
+    fixture.submit("r1", wait=False)
+    run = fixture.link.find("r1")
+    assert run is not None and run.withdraw()  # here the exception struck
+    fixture.link._mend()
+    worker.resume_reading()
+    fixture.submit("last")
+    assert [frame["run_id"] for frame in worker.sent(3)] == ["first", "r1", "last"]

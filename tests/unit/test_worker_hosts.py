@@ -197,11 +197,25 @@ class TestResume:
             service.enter(connection, 4.0)
             assert lists(host, "r0", "r1", "late") == {"lost": ["r0", "r1"], "unknown": ["late"]}
 
-    def test_a_new_host_stays_strange_until_it_has_listed_everything(self, service: Service) -> None:
-        """An answer that was cut short proves nothing for the next connection."""
+    def test_a_new_host_has_lost_nothing(self, service: Service) -> None:
+        """What it lists never arrived, as it was never here, though a first connection broke."""
         host = service.enter("one")
+        service.away(host, 1.0)
+        service.enter("two", 2.0)
+        assert lists(host, "r") == {"unknown": ["r"]}
+
+    def test_a_forgotten_host_has_lost_everything_until_it_was_told(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its runs may have run here, also if the next connection breaks before it asks."""
+        monkeypatch.setattr(hosts_module, "_MAX_AWAY", 0)
+        service.away(service.enter("one"), 1.0)
+        monkeypatch.setattr(hosts_module, "_MAX_AWAY", 1000)
+        host = service.enter("two", 2.0)
+        service.away(host, 3.0)
+        assert service.enter("three", 4.0) is host
         assert lists(host, "r", more=True) == {"lost": ["r"]}
-        service.enter("two", 1.0)
+        service.enter("four", 5.0)
         assert lists(host, "r", "s") == {"lost": ["r", "s"]}
         assert lists(host, "t") == {"unknown": ["t"]}
 

@@ -113,6 +113,9 @@ class HostConnection:
             try:
                 self._parked.append(await reading)
             except (asyncio.CancelledError, ConnectionClosed):
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
                 break
             self._parked_bytes += len(self._parked[-1])
         if not room.done():

@@ -35,10 +35,18 @@ class Host:
 
     ``connection`` is the one that counts, None while the host is away. ``unconfirmed`` are
     the runs and ends that it has from an earlier connection and has not said to want: it
-    hears nothing of them. ``leaving`` is set once it said ``shutdown``.
+    hears nothing of them. ``leaving`` is set once it said ``shutdown``. *forgotten*
+    says that it may have been here before, and that nothing is known of that.
     """
 
-    def __init__(self, identity: Identity | None, kept: KeptEvents | None, shelf: Shelf | None) -> None:
+    def __init__(
+        self,
+        identity: Identity | None,
+        kept: KeptEvents | None,
+        shelf: Shelf | None,
+        *,
+        forgotten: bool = False,
+    ) -> None:
         self.identity = identity
         self.connection: Any = None
         self.runs = RunTable()
@@ -51,6 +59,7 @@ class Host:
         self._shelf = shelf
         # What is not found may have been here before this host was, or been let go for it and not been kept.
         self._is_strange = True
+        self._was_forgotten = forgotten
         self._was_let_go = False
         # What this ``resume`` has called lost so far, and what the one before did: it may not have arrived.
         self._lost: set[str] = set()
@@ -68,7 +77,7 @@ class Host:
         before, self.connection = self.connection, connection
         self.window = window
         self.window_is_over = False
-        if familiar and not self._lost:
+        if familiar and not self._lost and not self._was_forgotten:
             self._is_strange = False
         self.unconfirmed = {run.run_id for run in self.runs}
         for run in self.runs:
@@ -145,7 +154,7 @@ class Host:
         """Go by what was listed: of what was dropped so far it has been told, and the others end."""
         stopped = self._drop_unconfirmed(now)
         self._lost_before, self._lost = self._lost, set()
-        self._is_strange = False
+        self._is_strange = self._was_forgotten = False
         self._was_let_go = len(self._lost_before) > _MAX_LOST
         if self._was_let_go:
             self._lost_before = set()

@@ -29,6 +29,8 @@ __all__ = ["HostTable"]
 
 #: Hosts that are away; beyond that one of them is forgotten.
 _MAX_AWAY = 1000
+#: So many names of hosts that were forgotten are known.
+_MAX_FORGOTTEN = 100_000
 #: What is kept for all hosts that are away and on all shelves takes at most, in bytes.
 _MAX_UNHEARD_BYTES = 512 * 1024 * 1024
 
@@ -48,6 +50,8 @@ class HostTable:
         self._away: dict[Identity, Host] = {}  # the first is away for longest
         self._shelves: dict[str, Shelf] = {}
         self._unheard = Account()  # what is kept for nobody who is here
+        self._forgotten: set[Identity] = set()
+        self._forgot_names = False
 
     def present(self) -> list[Host]:
         """Return the hosts that have a connection."""
@@ -99,7 +103,8 @@ class HostTable:
             kept = KeptEvents(self._max_kept_bytes, self._counters, stub=result_dropped)
         if identity is not None:
             shelf = self._shelves.setdefault(identity[0], Shelf(self._counters, self._unheard))
-        return Host(identity, kept, shelf)
+        forgotten = self._forgot_names or identity in self._forgotten
+        return Host(identity, kept, shelf, forgotten=forgotten)
 
     def leave(self, host: Host, now: float) -> list[Run]:
         """Note that the connection of *host* is gone: it is away, or forgotten."""
@@ -176,4 +181,12 @@ class HostTable:
             self._away.pop(host.identity, None)
             if not host.leaving:
                 stopped = host.let_go_of_detached(now)
+                self._remember(host.identity)
         return stopped + host.runs.clear()
+
+    def _remember(self, forgotten: Identity) -> None:
+        """Keep the name of a host that was forgotten: what it asks for later may have run here."""
+        self._forgotten.add(forgotten)
+        if len(self._forgotten) > _MAX_FORGOTTEN:
+            self._forgotten.clear()
+            self._forgot_names = True  # from now on any host may be one of them

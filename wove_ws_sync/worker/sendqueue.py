@@ -19,13 +19,16 @@ _MAX_LOGS = 2000
 #: Where this much waits, in bytes, log records are dropped as well.
 _MAX_BYTES_FOR_LOGS = 8 * 1024 * 1024
 
+#: What an event takes that is made in its turn.
+_LATER_BYTES = 512
+
 
 class _Log(bytes):
     """A log event in the queue."""
 
 
 class _Later(NamedTuple):
-    """An event that is made when its turn has come: it costs no memory until then."""
+    """An event that is made when its turn has come: it costs little memory until then."""
 
     make: Callable[[], bytes]
 
@@ -34,7 +37,7 @@ class SendQueue:
     """Small events before large ones, and none before what was queued earlier and is small.
 
     Small events share messages of at most *batch_bytes*, as a list; 0 forbids that. ``bytes``
-    is how much memory waits; what is made in its turn takes none.
+    is how much memory waits, where what is made in its turn counts a flat amount.
     """
 
     def __init__(self, batch_bytes: int) -> None:
@@ -67,8 +70,7 @@ class SendQueue:
         return True
 
     def _append(self, item: bytes | _Later, size: int, first: bool) -> None:
-        if isinstance(item, bytes):
-            self.bytes += size
+        self.bytes += size if isinstance(item, bytes) else _LATER_BYTES
         if first or size <= SMALL:
             self._put += 1
             self._small.append(item)
@@ -122,4 +124,5 @@ class SendQueue:
         if isinstance(item, bytes):
             self.bytes -= len(item)
             return item
+        self.bytes -= _LATER_BYTES
         return item.make()

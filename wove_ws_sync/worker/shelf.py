@@ -20,7 +20,7 @@ Identity = tuple[str, str]
 KEEP_SECONDS = 15 * 60.0
 #: How many such events there are at most under one key.
 _MAX_KEPT = 1000
-#: What they, or the events that one host has not acknowledged, take at most.
+#: What they take at most.
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 
 
