@@ -55,7 +55,7 @@ class Held:
         self._ledger = ledger
 
     def __enter__(self) -> Held:
-        until(lambda: any(self._ledger.iterdir()))
+        until(lambda: executions(self._ledger))  # a file alone may be that of a run not yet written down
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -118,7 +118,7 @@ def test_a_run_outlives_its_connection(ledger: Path) -> None:
         detached = {"delivery_orphan_policy": "detach"}
         with WebSocketExecutor(proxy.url_for(worker.url), **options, **detached) as pool:
             future = pool.submit(record_and_hold, str(ledger), "run", str(gate))
-            until(lambda: any(ledger.iterdir()))
+            until(lambda: executions(ledger))
             proxy.pause()
             proxy.end_all()
             with pytest.raises(ConnectionLost) as caught:
