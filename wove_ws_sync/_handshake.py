@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import websocket
 
+from ._address import check_header
 from ._route import place, warn
 from ._wire import NotHTTP, Wire
 from .errors import AuthenticationRejected, HandshakeRejected
-from .options import LinkOptions, check_header
+from .options import LinkOptions
 
 __all__ = ["Answer", "upgrade"]
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import wove
 
-from .options import LinkOptions, check_header
+from ._address import check_header
+from .options import LinkOptions
 
 __all__ = [
     "handshake_headers",

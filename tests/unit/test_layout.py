@@ -18,9 +18,9 @@ PACKAGE = Path(wove_ws_sync.__file__).parent
 # own and from its own room. "" is the package itself; a name with a dot at the end stands
 # for every module of that folder.
 LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
-    tuple(
-        frozenset({name})
-        for name in ("errors", "options", "timing", "_condition", "_fork", "_version", "_waker")
+    (
+        *(frozenset({name}) for name in ("errors", "timing", "_condition", "_fork", "_version", "_waker")),
+        frozenset({"options", "_address", "_checks", "_security_config"}),
     ),
     tuple(frozenset({name}) for name in ("frames", "payloads", "security")),
     (

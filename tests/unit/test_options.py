@@ -20,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wove.environment import WebSocketEnvironmentExecutor
 
-from wove_ws_sync.options import DeliveryOptions, LinkOptions, SecurityConfig, check_header
+from wove_ws_sync._address import check_header
+from wove_ws_sync._security_config import SecurityConfig
+from wove_ws_sync.options import DeliveryOptions, LinkOptions
 
 CANARY = "cAnArY-5ecret"
 HUGE = 10**5000  # an int whose repr() raises
