@@ -52,7 +52,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     ),
     (frozenset({"session"}),),
     (
-        frozenset({"sync", "futures", "aio", "plugin", ""}),
+        frozenset({"sync", "futures", "_executor_core", "_run_future", "aio", "plugin", ""}),
         frozenset({"worker", "worker.connection", "worker.dispatcher", "worker.service"}),
     ),
     (frozenset({"testing"}),),

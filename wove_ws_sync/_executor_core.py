@@ -1,0 +1,155 @@
+"""What an executor of ``concurrent.futures`` and its ``with_options`` views share.
+
+Owns: the session, the futures that have not ended, the run ids, and the warning about an executor
+that nobody shut down. Never: waits for a run; :mod:`wove_ws_sync.futures` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from . import _fork, payloads
+from ._run_future import RunFuture
+from .errors import ExecutorClosed
+from .options import DeliveryOptions, LinkOptions
+from .session import Session, open_session
+
+__all__ = ["ExecutorCore", "Owner"]
+
+
+class ExecutorCore:
+    """What an executor and its ``with_options`` views share."""
+
+    def __init__(self, options: LinkOptions, environment: str) -> None:
+        self.options = options
+        self.environment = environment
+        # Guards the session, the set of futures and the closed flag.
+        self.lock = threading.Lock()
+        self.session: Session | None = None
+        self.pending: set[RunFuture[Any]] = set()
+        self.closed = False
+        self._name_runs()
+        _fork.forget_in_child(self)
+
+    def __repr__(self) -> str:
+        where = self.session.link if self.session else f"{self.options.host}:{self.options.port}"
+        return f"<WebSocketExecutor {where} pending={len(self.pending)}>"
+
+    def abandon_after_fork(self) -> None:
+        """Start anew in a forked child: its first submit opens a session of its own."""
+        self.lock = threading.Lock()
+        self.session = None
+        self._name_runs()
+        pending, self.pending = self.pending, set()
+        for future in pending:
+            future.abandon_after_fork()
+
+    def _name_runs(self) -> None:
+        """Begin a series of run ids that nobody else has, without a random number for each."""
+        self._series = uuid4().hex[:24]
+        self._serials = itertools.count()
+
+    def new_run_id(self, fn: Any) -> str:
+        """Return an id for a run of *fn*: its name, for people, and 32 hexadecimal digits."""
+        _fork.check()  # a child has a series of its own
+        return f"{getattr(fn, '__name__', type(fn).__name__)}:{self._series}{next(self._serials):08x}"
+
+    def submit(
+        self,
+        future: RunFuture[Any],
+        fn: Any,
+        kwargs: dict[str, Any],
+        delivery: DeliveryOptions,
+        *,
+        send: bool = True,
+    ) -> None:
+        """Start *future*; without *send* its message leaves with the next one."""
+
+        def start(session: Session) -> None:
+            command = {
+                "type": "run_task",
+                "run_id": future.run_id,
+                "task_id": future.run_id.rpartition(":")[0],
+                **payloads.encode_frame({"callable": fn, "args": kwargs}),
+                "delivery": delivery.as_frame(kwargs),
+            }
+            session.submit(command, delivery, future._on_event, wait=send, flush=send)
+
+        self.enter(future, start)
+
+    def enter(self, future: RunFuture[Any], start: Callable[[Session], object]) -> None:
+        """Have *start* begin the run of *future* on this executor's session; its errors are the future's."""
+        _fork.check()
+        session: Session | None = None
+        try:
+            with self.lock:
+                if self.closed:
+                    raise ExecutorClosed("cannot schedule new futures after shutdown")
+                if self.session is None:
+                    self.session = open_session(self.options, self.environment)
+                future._session = session = self.session
+                self.pending.add(future)
+            start(session)
+            if future._unwanted:
+                session.cancel(future.run_id)
+        except Exception as exc:
+            if session is None:
+                raise
+            self.ended(future)
+            if not future.done():
+                future.set_exception(exc)
+            session.cancel(future.run_id)  # a signal handler's exception may come when it was sent already
+        except BaseException:  # Ctrl-C: nobody will hold the future
+            if session is not None:
+                session.cancel(future.run_id)
+            self.ended(future)
+            raise
+
+    def flush(self) -> None:
+        session = self.session
+        if session is not None and not session.foreign:
+            session.link.flush()
+
+    def ended(self, future: RunFuture[Any]) -> None:
+        with self.lock:
+            self.pending.discard(future)
+            done = self.closed and not self.pending
+        if done:
+            self.close()
+
+    def shut(self) -> list[RunFuture[Any]]:
+        _fork.check()
+        with self.lock:
+            self.closed = True
+            pending = list(self.pending)
+        if not pending:
+            self.close()
+        return pending
+
+    def close(self) -> None:
+        with self.lock:
+            session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+
+class Owner:
+    """What an executor and its views hold together: nobody uses the session once it is collected."""
+
+    def __init__(self, core: ExecutorCore) -> None:
+        self.core = core
+
+    def __del__(self) -> None:
+        session = self.core.session
+        if session is not None and not self.core.closed and session.drop():
+            warnings.warn(
+                f"unclosed {self.core!r}; use it in a with statement",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
