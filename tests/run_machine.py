@@ -304,9 +304,9 @@ class Runs(RuleBasedStateMachine):
         for run in self.alive():
             if run.delivery.delivery_max_in_flight is not None:
                 sharing.setdefault((run.session, run.delivery.delivery_max_in_flight), []).append(run)
-        assert set(self.table._slots) == set(sharing)
+        assert set(self.table._line._slots) == set(sharing)
         for key, runs in sharing.items():
-            slots = self.table._slots[key]
+            slots = self.table._line._slots[key]
             assert slots.taken == sum(run.holds_slot for run in runs) == min(key[1], len(runs))
             waiting = [run for run in slots.waiting if not run.terminal]
             assert waiting == [run for run in runs if not run.holds_slot]
@@ -315,15 +315,15 @@ class Runs(RuleBasedStateMachine):
     def who_may_go_is_ready(self) -> None:
         queued = [run for run in self.alive() if run.state is RunState.QUEUED]
         free = [run for run in queued if run.holds_slot or run.delivery.delivery_max_in_flight is None]
-        table = self.table
-        ready = [run.run_id for run in [*table._ready, *table._suspects] if not run.terminal]
+        line = self.table._line
+        ready = [run.run_id for run in [*line._ready, *line._suspects] if not run.terminal]
         assert sorted(ready) == sorted(run.run_id for run in free)
 
     @invariant()
     def suspects_go_alone(self) -> None:
-        suspect = self.table._suspect
+        suspect = self.table._line._suspect
         assert suspect is None or (not suspect.terminal and suspect.state is not RunState.QUEUED)
-        for run in self.table._suspects:
+        for run in self.table._line._suspects:
             assert run.attempt > self.max_requeues
 
     @invariant()
@@ -366,7 +366,7 @@ class Runs(RuleBasedStateMachine):
     def teardown(self) -> None:
         for session in SESSIONS:
             self.abandon(session)
-        assert self.table._slots == {}
+        assert self.table._line._slots == {}
         assert sorted(self.ended.elements()) == sorted(self.registered)
 
 

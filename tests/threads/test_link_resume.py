@@ -498,7 +498,7 @@ def test_ended_runs_hold_no_memory(make: Callable[..., Fixture]) -> None:
     assert worker.queued_bytes == 0
     stats = fixture.link.stats()
     assert stats["buffered_bytes"] < 1000 and stats["runs"] == 1
-    assert all(run.receipt is None for _, _, run in fixture.link._table._alarms if run.terminal)
+    assert all(run.receipt is None for _, _, run in fixture.link._table._alarms._heap if run.terminal)
 
 
 def test_f35_an_exception_that_strikes_a_waiter_blocks_nobody(make: Callable[..., Fixture]) -> None:

@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     tuple(frozenset({name}) for name in ("frames", "payloads", "security")),
     (
         frozenset({"transport", "_framing", "_handshake", "_outbox", "_route", "_wire"}),
-        frozenset({"runs", "_run", "_reconnect"}),
+        frozenset({"runs", "_alarms", "_book", "_line", "_losses", "_run", "_reconnect"}),
         frozenset(
             {
                 "worker.alarm",

@@ -58,7 +58,7 @@ def walk(seed: int, steps: int) -> Counter[str]:
         elif what == "abandon":
             machine.abandon(pick.choice(SESSIONS))
         machine.look()
-        met["suspects"] += machine.table._suspect is not None
+        met["suspects"] += machine.table._line._suspect is not None
         met["cancelling"] += any(run.state is RunState.CANCELLING for run in machine.alive())
     met.update(machine.table.counts)
     machine.teardown()

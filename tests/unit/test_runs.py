@@ -361,7 +361,7 @@ def test_alarms_of_ended_runs_are_forgotten() -> None:
     for number in range(10_000):
         on_its_way(runs, make_run(f"r{number}", delivery_timeout=3600.0))
         runs.receive(event("task_result", f"r{number}"), 0.0, 1)
-    assert len(runs._alarms) <= 128
+    assert len(runs._alarms._heap) <= 128
 
 
 def test_a_message_that_ends_connections_is_given_up() -> None:
