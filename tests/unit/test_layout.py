@@ -46,7 +46,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
         ),
     ),
     (
-        frozenset({"link", "_link_core", "_link_threads", "_tell", "connection"}),
+        frozenset({"link", "_link_core", "_link_ends", "_link_threads", "_tell", "connection"}),
         frozenset({"_memory"}),
         frozenset({"worker.engines"}),
     ),
