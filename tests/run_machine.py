@@ -353,6 +353,8 @@ class Runs(RuleBasedStateMachine):
                 moments.append(silent_since + interval * self.table.heartbeat_factor)
         if moments:
             assert _given(self.table.next_alarm()) <= min(moments)
+        kept = {(moment, run) for moment, _, run in self.table._alarms._heap}
+        assert all(run.alarm is None or (run.alarm, run) in kept for run in self.alive())
 
     def look(self) -> None:
         """Check what is always true, on a walk that hypothesis does not lead."""
