@@ -29,11 +29,10 @@ DELIVERIES = st.builds(
 
 @dataclasses.dataclass
 class Receipt:
-    """A message in the transport's hands: nothing of it left yet."""
+    """A message in the transport's hands: all of it has left, unless a test says otherwise."""
 
-    started: bool = False
-    sent_at: float | None = None
-
+    started: bool = True
+    sent_at: float | None = 0.0
     withdrawn: bool = False
 
     @property
@@ -150,7 +149,7 @@ class Runs(RuleBasedStateMachine):
             if refused and position == 0:
                 self.apply(self.table.fail(run, ValueError("too large")))
             else:
-                self.table.sent(run, Receipt(), self.now, self.generation)
+                self.table.sent(run, Receipt(started=False, sent_at=None), self.now, self.generation)
 
     @rule(run_id=known, done=st.booleans())
     def leave(self, run_id: str, done: bool) -> None:

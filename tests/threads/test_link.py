@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
+from fault_helpers import until
 
 from wove_ws_sync.errors import (
     AuthenticationRejected,
@@ -24,16 +25,6 @@ from wove_ws_sync.testing import ManualClock, MemoryTransport
 from wove_ws_sync.timing import Deadline
 
 WAIT = 10.0
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until another thread has made *condition* true."""
-    waiting = threading.Event()
-    for _ in range(int(WAIT * 200)):
-        if condition():
-            return
-        waiting.wait(0.005)
-    raise TimeoutError("it did not come true")
 
 
 class Fixture:
@@ -337,7 +328,7 @@ def test_what_had_not_left_goes_out_over_the_next_connection(make: Callable[...,
     fixture.submit("r1", wait=False)
     reconnect(fixture)
     lost.hang_up(1012, "restart")
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.clock.advance(1.0)
     assert fixture.transport.sent(1)[0]["run_id"] == "r1"
     fixture.transport.feed({"type": "task_result", "run_id": "r1"})
@@ -352,7 +343,7 @@ def test_requeue_delivers_again_and_says_so(make: Callable[..., Fixture]) -> Non
     lost = fixture.transport
     reconnect(fixture)
     lost.hang_up()
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.clock.advance(1.0)
     [frame] = fixture.transport.sent(1)
     assert (frame["run_id"], frame["attempt"]) == ("r1", 2)
@@ -383,7 +374,7 @@ def test_f5_dials_back_off_and_honour_the_peers_wish(make: Callable[..., Fixture
     fixture.submit("r1", delivery_timeout=60.0)
     fixture.submit("r2", delivery_timeout=60.0)
     for number, delay in ((1, 0.1), (2, 0.16), (3, 7.0)):
-        wait_for(lambda number=number: len(dials) == number and fixture.link.state is LinkState.BACKOFF)
+        until(lambda number=number: len(dials) == number and fixture.link.state is LinkState.BACKOFF)
         fixture.clock.advance(delay * 0.9)
         fixture.clock.advance(delay * 0.11)
     assert len(fixture.transport.sent(2)) == 2
@@ -399,7 +390,7 @@ def test_a_deadline_ends_a_run_while_nobody_answers(make: Callable[..., Fixture]
     fixture = make()
     fixture.transport.dial_error = ConnectionRefusedError("no")
     fixture.submit("r1", delivery_timeout=3.0)
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.clock.advance(3.0)
     assert isinstance(fixture.next()["exception"], DeliveryTimeout)
 
@@ -414,10 +405,10 @@ def test_without_a_deadline_hope_ends_with_the_resume_window(make: Callable[...,
     reconnect(fixture).dial_error = ConnectionRefusedError("no")
     lost.hang_up()
     for _ in range(3):
-        wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+        until(lambda: fixture.link.state is LinkState.BACKOFF)
         dials = fixture.link.stats()["dials"]
         fixture.clock.advance(4.0)
-        wait_for(lambda dials=dials: fixture.link.stats()["dials"] > dials)
+        until(lambda dials=dials: fixture.link.stats()["dials"] > dials)
     error = fixture.next()["exception"]
     assert isinstance(error, ConnectionLost) and error.maybe_executed
     assert isinstance(error.__cause__, ConnectionRefusedError)
@@ -431,7 +422,7 @@ def test_f4_a_fatal_answer_ends_whoever_waits(make: Callable[..., Fixture]) -> N
     lost = fixture.transport
     reconnect(fixture).dial_error = AuthenticationRejected("no", status=401)
     lost.hang_up()
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.clock.advance(1.0)
     error = fixture.next()["exception"]
     assert isinstance(error, ConnectionLost) and isinstance(error.__cause__, AuthenticationRejected)
@@ -460,7 +451,7 @@ def test_the_watchdog_minds_a_run_that_got_a_slot(make: Callable[..., Fixture]) 
     fixture.transport.feed({"type": "task_result", "run_id": "first"})
     assert fixture.next()["run_id"] == "first"
     fixture.transport.sent(2)
-    wait_for(
+    until(
         lambda: fixture.link._connection is not None and fixture.link._connection.watching_until is not None
     )
     fixture.clock.advance(5.0)
@@ -472,11 +463,11 @@ def test_nobody_dials_for_runs_that_were_cancelled(make: Callable[..., Fixture])
     fixture = make()
     fixture.transport.dial_error = ConnectionRefusedError("no")
     fixture.submit("r1", delivery_timeout=60.0)
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.session.cancel("r1")
     assert fixture.next()["type"] == "task_cancelled"
     fixture.clock.advance(60.0)
-    wait_for(lambda: fixture.link.state is LinkState.IDLE)
+    until(lambda: fixture.link.state is LinkState.IDLE)
     assert fixture.link.stats()["dials"] == 1
     fixture.transport.dial_error = None
     fixture.submit("r2")
@@ -488,7 +479,7 @@ def test_connect_does_not_sit_out_the_backoff(make: Callable[..., Fixture]) -> N
     fixture = make(reconnect_initial_delay=25.0)
     fixture.transport.dial_error = ConnectionRefusedError("no")
     fixture.submit("r1", delivery_timeout=60.0)
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.transport.dial_error = None
     fixture.link.connect(Deadline())
     assert fixture.transport.sent(1)[0]["run_id"] == "r1"

@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
+from fault_helpers import until
 
 from wove_ws_sync.errors import AuthenticationRejected, ConnectionLost, DeliveryTimeout, ExecutorClosed
 from wove_ws_sync.frames import FEATURES
@@ -19,16 +20,6 @@ from wove_ws_sync.testing import ManualClock, MemoryTransport
 WAIT = 10.0
 ALL = frozenset(FEATURES)
 HERE, ELSEWHERE = "a" * 32, "b" * 32
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    """Wait until another thread has made *condition* true."""
-    waiting = threading.Event()
-    for _ in range(int(WAIT * 200)):
-        if condition():
-            return
-        waiting.wait(0.005)
-    raise TimeoutError("it did not come true")
 
 
 class Fixture:
@@ -68,7 +59,7 @@ class Fixture:
 
     def redial(self) -> None:
         """Let the time of the next dial come."""
-        wait_for(lambda: self.link.state is LinkState.BACKOFF)
+        until(lambda: self.link.state is LinkState.BACKOFF)
         self.clock.advance(0.2)
 
 
@@ -109,7 +100,7 @@ def test_the_handshake_offers_the_extensions(make: Callable[..., Fixture]) -> No
     lose(fixture, fixture.worker())
     fixture.worker()
     fixture.redial()
-    wait_for(lambda: len(fixture.headers) == 2)
+    until(lambda: len(fixture.headers) == 2)
     first, second = fixture.headers
     assert first["X-Wove-Sync"] == "1; f=resume,ack,drain"
     assert first["X-Wove-Resume-Window"] == "7.5"
@@ -121,7 +112,7 @@ def test_f14_the_same_worker_gives_its_runs_back(make: Callable[..., Fixture], p
     """resume is the first thing said; what is alive goes on, and nothing is sent twice."""
     fixture = make()
     lose(fixture, fixture.worker(), delivery_orphan_policy=policy)
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.submit("r2")
     again = fixture.worker()
     fixture.redial()
@@ -195,7 +186,7 @@ def test_a_deadline_counts_while_the_connection_is_lost(make: Callable[..., Fixt
     """And the worker learns from the next list that the run is not wanted any more."""
     fixture = make()
     lose(fixture, fixture.worker(), delivery_timeout=5.0)
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     fixture.clock.advance(5.0)
     assert isinstance(fixture.next()["exception"], DeliveryTimeout)
     again = fixture.worker()
@@ -246,7 +237,7 @@ def test_f18_a_worker_that_drains_keeps_what_it_has(make: Callable[..., Fixture]
     fixture.submit("r1")
     old.sent(1)
     old.feed({"type": "draining", "timeout": 30.0})
-    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    until(lambda: fixture.link.state is LinkState.DRAINING)
     new = fixture.worker(ELSEWHERE)
     fixture.submit("r2")
     assert new.sent(1)[0]["run_id"] == "r2"
@@ -254,7 +245,7 @@ def test_f18_a_worker_that_drains_keeps_what_it_has(make: Callable[..., Fixture]
     old.feed({"type": "task_started", "run_id": "r1"}, ended("r1"))
     assert [fixture.next()["type"], fixture.next()["type"]] == ["task_started", "task_result"]
     assert [frame["type"] for frame in old.sent(3)] == ["run_task", "event_ack", "shutdown"]
-    wait_for(lambda: old.disposed)
+    until(lambda: old.disposed)
     new.feed(ended("r2"))
     assert fixture.next()["run_id"] == "r2"
     stats = fixture.link.stats()
@@ -284,7 +275,7 @@ def test_a_draining_worker_that_dies_takes_its_runs_with_it(make: Callable[..., 
     fixture.submit("again", delivery_orphan_policy="requeue")
     old.sent(2)
     old.feed({"type": "draining", "timeout": 30.0})
-    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    until(lambda: fixture.link.state is LinkState.DRAINING)
     fixture.submit("new")
     new.sent(1)
     old.hang_up()
@@ -301,7 +292,7 @@ def test_a_link_closes_while_a_worker_drains(make: Callable[..., Fixture]) -> No
     fixture.submit("r1")
     old.sent(1)
     old.feed({"type": "draining", "timeout": 30.0})
-    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    until(lambda: fixture.link.state is LinkState.DRAINING)
     fixture.submit("r2")
     new.sent(1)
     fixture.link.close(WAIT)
@@ -346,7 +337,7 @@ def test_submit_waits_for_room(make: Callable[..., Fixture]) -> None:
     fixture.submit("r1", size=3000)
     thread = threading.Thread(target=fixture.submit, args=("r2",), kwargs={"size": 3000})
     thread.start()
-    wait_for(lambda: fixture.link.stats()["waits_for_room"])
+    until(lambda: fixture.link.stats()["waits_for_room"])
     assert len(worker.sent(1)) == 1
     worker.feed({"type": "task_started", "run_id": "r1"})
     assert worker.sent(2)[1]["run_id"] == "r2"
@@ -363,7 +354,7 @@ def test_a_deadline_ends_the_wait_for_room(make: Callable[..., Fixture]) -> None
         target=fixture.submit, args=("late",), kwargs={"size": 3000, "delivery_timeout": 2.0}
     )
     thread.start()
-    wait_for(lambda: fixture.link.stats()["waits_for_room"])
+    until(lambda: fixture.link.stats()["waits_for_room"])
     fixture.clock.advance(2.0)
     late = fixture.next()
     assert late["run_id"] == "late" and isinstance(late["exception"], DeliveryTimeout)
@@ -386,7 +377,7 @@ def test_closing_ends_the_wait_for_room(make: Callable[..., Fixture]) -> None:
 
     thread = threading.Thread(target=submit)
     thread.start()
-    wait_for(lambda: fixture.link.stats()["waits_for_room"])
+    until(lambda: fixture.link.stats()["waits_for_room"])
     fixture.link.close(WAIT)
     assert isinstance(raised.get(timeout=WAIT), ExecutorClosed)
     thread.join(WAIT)
@@ -396,7 +387,7 @@ def test_a_requeued_run_asks_first_however_late(make: Callable[..., Fixture]) ->
     """The window is long over when the same worker is back: what it has is found, not run again."""
     fixture = make(resume_window=1.0)
     lose(fixture, fixture.worker(), delivery_orphan_policy="requeue", delivery_timeout=600.0)
-    wait_for(lambda: fixture.link.state is LinkState.BACKOFF)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
     again = fixture.worker()
     fixture.clock.advance(300.0)
     assert again.sent(1)[0]["run_ids"] == ["r1"]
@@ -412,7 +403,7 @@ def test_a_run_that_ends_every_connection_comes_to_an_end(make: Callable[..., Fi
     lose(fixture, fixture.worker())
     for _ in range(11):
         again = fixture.worker()
-        wait_for(lambda: fixture.link.state is LinkState.BACKOFF or not fixture.events.empty())
+        until(lambda: fixture.link.state is LinkState.BACKOFF or not fixture.events.empty())
         fixture.clock.advance(60.0)
         assert again.sent(1)[0]["run_ids"] == ["r1"]
         again.feed(state("r1", answer))
@@ -428,7 +419,7 @@ def test_what_a_draining_worker_says_proves_nothing_of_the_next(make: Callable[.
     fixture.submit("r1")
     old.sent(1)
     old.feed({"type": "draining", "timeout": 30.0}, {"type": "heartbeat", "run_id": "r1"})
-    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    until(lambda: fixture.link.state is LinkState.DRAINING)
     assert fixture.next()["type"] == "heartbeat"
     refused = fixture.worker()
     refused.dial_error = ConnectionRefusedError("not yet")
@@ -445,7 +436,7 @@ def test_a_worker_that_drains_before_it_answers_is_waited_for(make: Callable[...
     fixture.redial()
     again.sent(1)
     again.feed({"type": "draining", "timeout": 30.0})
-    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    until(lambda: fixture.link.state is LinkState.DRAINING)
     fixture.submit("r2")
     assert new.sent(1)[0]["run_id"] == "r2"
     again.feed(state("r1", "alive"), ended("r1"))
@@ -461,7 +452,7 @@ def test_a_run_handed_back_to_nobody_ends_at_once(make: Callable[..., Fixture]) 
     fixture.submit("r1")
     old.sent(1)
     old.feed({"type": "draining", "timeout": 30.0})
-    wait_for(lambda: fixture.link.state is LinkState.DRAINING)
+    until(lambda: fixture.link.state is LinkState.DRAINING)
     fixture.submit("r2")
     assert isinstance(fixture.next()["exception"], AuthenticationRejected)
     error = {"kind": "WorkerStopping", "retryable": True, "source": "executor", "started": False}
@@ -478,7 +469,7 @@ def test_a_large_submission_gets_its_turn(make: Callable[..., Fixture]) -> None:
     for name, size in (("large", 3500), ("small", 100)):
         threads.append(threading.Thread(target=fixture.submit, args=(name,), kwargs={"size": size}))
         threads[-1].start()
-        wait_for(lambda: len(fixture.link._crowd) == len(threads))
+        until(lambda: len(fixture.link._crowd) == len(threads))
     worker.feed({"type": "task_started", "run_id": "r0"})
     assert [frame["run_id"] for frame in worker.sent(3)] == ["r0", "large", "small"]
     for thread in threads:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
+from run_machine import Receipt
 
 from wove_ws_sync.errors import ConnectionLost, DeliveryTimeout
 from wove_ws_sync.options import DeliveryOptions
 from wove_ws_sync.runs import CancelAtWorker, Deliver, Effect, Loss, Run, RunState, RunTable
-
-
-@dataclasses.dataclass
-class Receipt:
-    """A message in the transport's hands."""
-
-    started: bool = True
-    sent_at: float | None = 0.0
-
-    withdrawn: bool = False
-
-    @property
-    def maybe_sent(self) -> bool:
-        return self.sent_at is not None
-
-    def withdraw(self) -> bool:
-        self.withdrawn = self.withdrawn or not self.started
-        return self.withdrawn
 
 
 def make_run(run_id: str = "r", **delivery: Any) -> Run:
