@@ -43,6 +43,8 @@ class Line:
 
     def take(self) -> list[Run]:
         """Return the runs that may be sent now, each once, in order."""
+        if not self._ready and not self._suspects:  # as after every run that was sent
+            return []
         taken = [run for run in self._ready if not run.terminal]
         self._ready.clear()
         while self._suspect is None and self._suspects:
