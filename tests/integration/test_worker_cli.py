@@ -216,8 +216,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "text"),
         [
-            (["--engine", "dask:tcp://127.0.0.1:1"], "this version has the engine 'threads'"),
-            (["--engine", "processes"], "this version has the engine 'threads'"),
+            (["--engine", "fibers"], "choose threads, processes, dask:ADDRESS or module:factory"),
+            (["--engine", "dask:"], "needs the address of a scheduler"),
             (["--workers", "0"], "--workers"),
             (["--port", "70000"], "--port"),
             (["--drain-timeout", "-1"], "--drain-timeout"),

@@ -48,7 +48,17 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (
         frozenset({"link", "_link_core", "_link_ends", "_link_threads", "_tell", "connection"}),
         frozenset({"_memory"}),
-        frozenset({"worker.engines"}),
+        frozenset(
+            {
+                "worker.apart",
+                "worker.dask_engine",
+                "worker.engines",
+                "worker.future_engine",
+                "worker.process_child",
+                "worker.process_engine",
+                "worker.thread_engine",
+            }
+        ),
     ),
     (frozenset({"session"}),),
     (
@@ -66,6 +76,8 @@ OUTSIDE = {
     "websocket": {"transport", "_framing", "_handshake", "_outbox", "cli."},
     "websockets": {"worker.", "cli."},
     "cryptography": {"worker.", "cli.", "testing"},
+    "dask": {"worker.dask_engine"},
+    "pebble": {"worker.process_engine"},
 }
 
 PUBLIC = {

@@ -40,8 +40,11 @@ def register(subparsers: Any) -> None:
     add("--port", type=_port, default=8765, help="0 takes a free one (default: %(default)s)")
     add("--path", default="/wove", help="path of the URL (default: %(default)s)")
     add("--security", metavar="env:VARIABLE", help="environment variable that holds the shared secret")
-    add("--engine", type=_engine, default="threads", help="what runs the tasks: threads (the default)")
-    add("--workers", type=_positive, metavar="N", help="tasks at once (default: CPUs + 4, at most 32)")
+    add("--engine", type=_engine, default="threads", metavar="ENGINE",
+        help="what runs the tasks: threads (the default), processes, dask:ADDRESS, or module:factory "
+        "for a function that returns a concurrent.futures.Executor")  # fmt: skip
+    add("--workers", type=_positive, metavar="N",
+        help="tasks at once (default: CPUs + 4, at most 32; processes: CPUs; others: theirs)")  # fmt: skip
     add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
         help="largest message accepted from a host (default: 256 MiB)")  # fmt: skip
     add("--max-kept-bytes", type=_positive, default=512 * 1024 * 1024, metavar="BYTES",
@@ -83,14 +86,19 @@ def _seconds(text: str) -> float:
 
 
 def _engine(text: str) -> str:
-    if text != "threads":
-        raise argparse.ArgumentTypeError(f"{text!r}: this version has the engine 'threads'")
-    return text
+    from ..worker.engines import check_engine
+
+    try:
+        return check_engine(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
 
 
 def _run(options: argparse.Namespace) -> int:
     _log_to_stderr(options.log_level.upper())
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    if os.getcwd() not in sys.path:  # last: nothing that is installed is hidden by a file that lies there
+        sys.path.append(os.getcwd())
     if (options.tls_cert is None) != (options.tls_key is None):
         return _fail("--tls-cert and --tls-key go together.", 2)
     if options.tls_client_ca is not None and options.tls_cert is None:

@@ -177,6 +177,8 @@ class Dispatcher:
         if not run.owner.runs.cancelled(run, stopped, mode):
             return
         run.job.abandoned = True
+        if stopped is Stopped.UNSTOPPABLE:  # now that nobody waits for it
+            self._engine.cancel(run.job)
         run.job = None
         self._end(run, cancelled_event(run.run_id, run.task_id))
 

@@ -1,209 +1,112 @@
-"""What executes jobs: a ``concurrent.futures.Executor``, and a second event loop for coroutines.
+"""What executes jobs: the one protocol of all engines, and the choice of one by its name.
 
-Owns: the task threads and the thread of the task loop. Never: touches a connection, and
-never runs a job in the thread that asks for it.
-
-This version has the engine ``threads``. It cannot stop a synchronous call that is running.
+Owns: what an engine is, what ``--engine`` may say. Never: runs a job; each engine is a
+module of its own, imported when it is asked for.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import itertools
-import logging
+import importlib
 import os
-import threading
-import time
-from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, Protocol
 
 from .jobs import Job
 from .runs import Stopped
 
-__all__ = ["Engine", "ThreadEngine", "default_workers", "make_engine"]
+__all__ = ["Engine", "EngineError", "check_engine", "check_workers", "default_threads", "make_engine"]
 
-_logger = logging.getLogger("wove_ws_sync.worker")
-_numbers = itertools.count()
-
-#: Threads that start with the service; further ones start with the tasks that need them.
-_EARLY_THREADS = 64
+_CHOICES = "threads, processes, dask:ADDRESS or module:factory"
 
 
-def default_workers() -> int:
-    """Return how many tasks run at once unless someone says otherwise."""
-    return min(32, (os.cpu_count() or 1) + 4)
+class EngineError(RuntimeError):
+    """An engine that cannot be had: its package is missing, its cluster does not answer."""
 
 
 class Engine(Protocol):
-    """What the service needs of an engine. All methods are called from the service's loop."""
+    """What the service needs of an engine. All methods are called from the service's loop.
+
+    ``workers`` is how many jobs run at once. ``cancels`` says which jobs can be kept from
+    ending by themselves: "queued" ones, "coroutines", running "calls". Hosts are told, as what
+    cannot be stopped is not acknowledged either.
+    """
 
     name: str
     workers: int
+    cancels: frozenset[str]
 
     def start(self) -> None:
-        """Get ready to run jobs. Raises RuntimeError if there are not enough threads to be had."""
+        """Get ready to run jobs. Raises RuntimeError, mostly EngineError, if that is impossible."""
 
     def submit(self, job: Job) -> None:
-        """Have ``job.run`` called as soon as there is a free slot."""
+        """Have *job* executed as soon as there is a free slot. Raises RuntimeError if it cannot be taken."""
 
     def cancel(self, job: Job) -> Stopped:
-        """Stop the job if that is possible, and say what was."""
+        """Stop the job if that is possible, and say what was.
+
+        Called again once nobody waits for the job any more, with ``job.abandoned`` set.
+        """
 
     def close(self, timeout: float) -> bool:
         """Stop everything, blocking up to *timeout* seconds; return whether nothing is left running."""
 
 
+def default_threads() -> int:
+    """Return how many threads run tasks unless someone says otherwise."""
+    return min(32, (os.cpu_count() or 1) + 4)
+
+
+def check_workers(workers: int | None) -> int | None:
+    """Return *workers*. Raises TypeError or ValueError for what is not a whole number from 1 up, nor None."""
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int)):
+        raise TypeError(f"workers must be a whole number, not {workers!r}.")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}.")
+    return workers
+
+
+def check_engine(name: str) -> str:
+    """Return *name* if it has the form of an engine's. Raises ValueError."""
+    kind, colon, rest = name.partition(":")
+    if name in ("threads", "processes") or (kind and rest):
+        return name
+    if colon and kind == "dask":
+        raise ValueError(f"The engine {name!r} needs the address of a scheduler, as in dask:tcp://HOST:8786.")
+    raise ValueError(f"Unknown engine {name!r}: choose {_CHOICES}.")
+
+
 def make_engine(name: str, workers: int | None = None) -> Engine:
-    """Return the engine called *name*. Raises ValueError for one that this version does not have."""
-    if name != "threads":
-        raise ValueError(f"Unknown engine {name!r}: this version has the engine 'threads'.")
-    return ThreadEngine(workers)
+    """Return the engine called *name*, not started.
+
+    Raises ValueError for a name that is none, EngineError for an engine that cannot be had here.
+    """
+    kind, _, rest = check_engine(name).partition(":")
+    if name == "threads":
+        from .thread_engine import ThreadEngine
+
+        return ThreadEngine(workers)
+    if name == "processes":
+        from .process_engine import ProcessEngine
+
+        return ProcessEngine(workers)
+    from .future_engine import FutureEngine
+
+    if kind == "dask":
+        from .dask_engine import DaskEngine
+
+        return DaskEngine(rest, workers)
+    return FutureEngine(_factory(kind, rest), name=name, workers=workers)
 
 
-class ThreadEngine:
-    """Run synchronous tasks in *workers* threads and coroutines on one loop of their own."""
-
-    name = "threads"
-
-    def __init__(self, workers: int | None = None) -> None:
-        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int)):
-            raise TypeError(f"workers must be a whole number, not {workers!r}.")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, not {workers}.")
-        self.workers = workers or default_workers()
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix=f"wove-ws-task-{next(_numbers)}")
-        self._loop = _TaskLoop()
-
-    def start(self) -> None:
-        """See Engine. Starting a thread while others keep the interpreter busy would stall the service."""
-        gate = threading.Event()
-        try:
-            for _ in range(min(self.workers, _EARLY_THREADS)):
-                self._pool.submit(gate.wait)
-        finally:
-            gate.set()
-
-    def submit(self, job: Job) -> None:
-        """See Engine."""
-        job.future = self._pool.submit(job.run, self._loop.adopt)
-
-    def cancel(self, job: Job) -> Stopped:
-        """See Engine."""
-        repeated, job.cancel_requested = job.cancel_requested, True
-        if job.future is None or job.future.cancel():
-            job.forget()
-            return Stopped.WITHDRAWN
-        # A call that is about to return an awaitable counts as unstoppable: the flag above
-        # keeps that awaitable from being driven.
-        if not job.coroutine:
-            return Stopped.UNSTOPPABLE
-        if not repeated:  # a second cancellation would interrupt the cleaning up after the first
-            self._loop.cancel(job)
-        return Stopped.STOPPING
-
-    def close(self, timeout: float) -> bool:
-        """See Engine."""
-        deadline = time.monotonic() + timeout
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        stopped = self._loop.close(timeout)
-        # The pool can only be waited for without a limit, so that is left to a thread.
-        name = f"wove-ws-closer-{next(_numbers)}"
-        closer = threading.Thread(target=self._pool.shutdown, name=name, daemon=True)
-        closer.start()
-        closer.join(max(0.0, deadline - time.monotonic()))
-        return stopped and not closer.is_alive()
-
-
-class _TaskLoop:
-    """An event loop in a thread, started by the first coroutine. A blocking coroutine blocks only it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _loop, _thread and _closed
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        self._tasks: set[asyncio.Task[None]] = set()  # of the loop's thread
-
-    def adopt(self, job: Job, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
-        """Drive *awaitable* on the loop. Any thread."""
-        with self._lock:
-            loop = None if self._closed else self._running()
-        if loop is None:
-            job.refuse(awaitable)
-        else:
-            loop.call_soon_threadsafe(self._drive, job, awaitable, context)
-
-    def _running(self) -> asyncio.AbstractEventLoop:
-        """Hold ``_lock``."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            name = f"wove-ws-tasks-{next(_numbers)}"
-            self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name=name, daemon=True)
-            self._thread.start()
-        return self._loop
-
-    def _drive(self, job: Job, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
-        if job.cancel_requested:
-            context.run(job.refuse, awaitable)
-            return
-        job.task = asyncio.get_running_loop().create_task(job.drive(awaitable), context=context)
-        self._tasks.add(job.task)
-        job.task.add_done_callback(self._tasks.discard)
-
-    def cancel(self, job: Job) -> None:
-        """Cancel the coroutine of *job*, wherever it is on its way. Any thread."""
-        with self._lock:
-            if self._loop is not None and not self._closed:
-                self._loop.call_soon_threadsafe(_cancel_task, job)
-
-    def close(self, timeout: float) -> bool:
-        """Cancel every coroutine and stop the loop; return whether it stopped within *timeout* seconds."""
-        with self._lock:
-            if self._closed or self._loop is None or self._thread is None:
-                self._closed = True
-                return True
-            self._closed = True
-            loop, thread = self._loop, self._thread
-            loop.call_soon_threadsafe(self._cancel_all, loop, timeout / 2)
-        thread.join(timeout)
-        return not thread.is_alive()
-
-    def _cancel_all(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if not tasks:
-            loop.stop()
-            return
-        loop.call_later(grace, loop.stop)
-        for task in tasks:
-            task.add_done_callback(lambda _: None if self._tasks else loop.stop())
-
-
-def _cancel_task(job: Job) -> None:
-    if job.task is not None:
-        job.task.cancel()
-
-
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    while True:
-        try:
-            loop.run_forever()
-        except BaseException:  # a SystemExit out of a task that a coroutine started ends here
-            _logger.warning("A background task of a coroutine tried to end the worker.", exc_info=True)
-        else:
-            break
+def _factory(module: str, attribute: str) -> Callable[[], Executor]:
+    """Return what makes the executor of ``module:factory``. Raises ValueError."""
     try:
-        for task in (left := asyncio.all_tasks(loop)):
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left, timeout=0.2))
-        loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), 0.2))
-    except BaseException:
-        _logger.debug("The task loop did not end in order.", exc_info=True)
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
+        found: Any = importlib.import_module(module)
+    except ImportError as exc:
+        raise ValueError(f"Unknown engine '{module}:{attribute}': {exc}. Choose {_CHOICES}.") from exc
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ValueError(f"{module!r} has nothing called {attribute!r} that makes an executor.")
+    return found  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..frames import FEATURES
 
@@ -61,7 +61,7 @@ class Greeting:
             _window(_only(get_all, "X-Wove-Resume-Window")),
         )
 
-    def answer(self, worker_id: str, max_message_bytes: int) -> dict[str, str]:
+    def answer(self, worker_id: str, max_message_bytes: int, cancels: Iterable[str]) -> dict[str, str]:
         """Return the response headers: none for a foreign host, which never sees ours."""
         if not self.ours:
             return {}
@@ -70,6 +70,7 @@ class Greeting:
             "X-Wove-Sync": f"1{used}",
             "X-Wove-Worker": worker_id,
             "X-Wove-Max-Message": str(max_message_bytes),
+            "X-Wove-Cancels": ", ".join(sorted(cancels)),
         }
 
 

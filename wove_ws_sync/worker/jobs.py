@@ -31,6 +31,9 @@ Adopt = Callable[["Job", Awaitable[Any], contextvars.Context], None]
 class Job:
     """One execution. An engine calls ``run`` in a thread of its own, at most once.
 
+    An engine that executes elsewhere sends ``order()`` there, where a Job of its own is made of
+    it, and ``relay``s what that one reports.
+
     ``limit`` is the largest message in bytes that the host accepts. ``coroutine`` is set
     while an awaitable of the task is being driven; ``cancel_requested`` and ``abandoned``
     (nobody wants the result) are set by others and only looked at here.
@@ -41,6 +44,7 @@ class Job:
         "_limit",
         "_report",
         "abandoned",
+        "attempts",
         "cancel_requested",
         "coroutine",
         "done",
@@ -53,11 +57,38 @@ class Job:
         self._report = report
         self._limit = limit
         self.abandoned = False
+        self.attempts = 0  # the engine's
         self.cancel_requested = False
         self.coroutine = False
         self.done = False
         self.future: Any = None  # the engine's
         self.task: asyncio.Task[None] | None = None  # of the loop that drives the coroutine
+
+    @property
+    def run_id(self) -> str:
+        """Return the id of the run."""
+        return self._command.run_id
+
+    @property
+    def task_id(self) -> str:
+        """Return the id of the task."""
+        return self._command.task_id
+
+    def order(self) -> tuple[RunTask, int]:
+        """Return what a Job elsewhere is made of: the command and the limit."""
+        return self._command, self._limit
+
+    def relay(self, kind: str, event: bytes) -> None:
+        """Report what the Job elsewhere reports."""
+        if kind == "ended":
+            self.done = True
+        elif self.abandoned:
+            return
+        self._report(kind, event)
+
+    def relay_cancelled(self) -> None:
+        """Report that the Job elsewhere was stopped."""
+        self.relay("ended", cancelled_event(self.run_id, self.task_id))
 
     def run(self, adopt: Adopt) -> None:
         """Execute the task in this thread; hand an awaitable that it returns to *adopt*."""

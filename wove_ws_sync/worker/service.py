@@ -253,7 +253,7 @@ class WorkerService:
         """Answer a host of this package in its own words; a foreign one never sees our headers."""
         if response.status_code == 101:
             greeting = Greeting.read(request.headers.get_all)
-            response.headers.update(greeting.answer(self._id, self._max_message_bytes))
+            response.headers.update(greeting.answer(self._id, self._max_message_bytes, self._engine.cancels))
 
     async def _serve_host(self, connection: ServerConnection) -> None:
         assert self._dispatcher is not None and connection.request is not None

@@ -1,0 +1,119 @@
+"""Tasks for the tests of the engines, and executors of one's own: imported by workers, wherever they are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import threading
+import time
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Unpicklable",
+    "busy",
+    "ends_itself",
+    "fails",
+    "hold_interpreter",
+    "hold_until",
+    "logs_and_returns",
+    "make_broken",
+    "make_nothing",
+    "make_processes",
+    "meet",
+    "slow_square",
+    "square",
+    "square_later",
+    "unpicklable",
+    "where",
+]
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def slow_square(number: int, seconds: float = 0.02) -> int:
+    time.sleep(seconds)
+    return number * number
+
+
+async def square_later(number: int) -> int:
+    await asyncio.sleep(0.01)
+    return number * number
+
+
+def fails(text: str) -> None:
+    raise LookupError(text)
+
+
+def where() -> int:
+    return os.getpid()
+
+
+def busy(marker: str) -> None:
+    """Compute until the end of time, having written who does."""
+    Path(marker).write_text(str(os.getpid()), "ascii")
+    while True:
+        pass
+
+
+def ends_itself(code: int) -> None:
+    os._exit(code)
+
+
+def hold_interpreter(marker: str, length: int = 26) -> bool:
+    """Keep every other thread of this process from running for seconds: a match never lets them."""
+    Path(marker).touch()
+    return re.fullmatch("(a|a)*b", "a" * length) is None
+
+
+def hold_until(gate: str, limit: float = 60.0) -> str:
+    """Return when the file *gate* exists."""
+    ends_at = time.monotonic() + limit
+    while not os.path.exists(gate):
+        if time.monotonic() > ends_at:
+            raise TimeoutError("nobody opened the gate")
+        time.sleep(0.01)
+    return gate
+
+
+def meet(mine: str, other: str) -> int:
+    """Return the process that met the other one: each is seen by the other while it computes."""
+    Path(mine).touch()
+    ends_at = time.monotonic() + 60.0
+    while not os.path.exists(other):
+        if time.monotonic() > ends_at:
+            raise TimeoutError("the other one does not run")
+    return os.getpid()
+
+
+def logs_and_returns(text: str) -> str:
+    logging.getLogger("engine_tasks").warning("a word: %s", text)
+    return text
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise TypeError("not to be pickled")
+
+
+def unpicklable() -> Unpicklable:
+    return Unpicklable()
+
+
+def make_processes() -> Executor:
+    """Make the standard library's pool of two processes."""
+    return ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+
+
+def make_broken() -> Executor:
+    raise OSError("the cluster is away")
+
+
+def make_nothing() -> Any:
+    return threading.Lock()

@@ -1,0 +1,343 @@
+"""What every engine of the worker service promises: the same results, errors, logs and cancels."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wove
+from dask_cluster import DaskCluster
+from engine_tasks import (
+    busy,
+    ends_itself,
+    fails,
+    hold_interpreter,
+    hold_until,
+    logs_and_returns,
+    meet,
+    slow_square,
+    square,
+    square_later,
+    unpicklable,
+    where,
+)
+from fault_helpers import WAIT, until
+from wove.environment import EnvironmentExecutionError, WebSocketEnvironmentExecutor
+
+from wove_ws_sync import DeliveryCancelled, WebSocketExecutor
+from wove_ws_sync.testing import LoopbackWorker
+from wove_ws_sync.worker.engines import EngineError, make_engine
+
+ENGINES = ["threads", "processes", "engine_tasks:make_processes", "dask"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[DaskCluster]:
+    with DaskCluster(workers=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def worker(request: pytest.FixtureRequest) -> Iterator[LoopbackWorker]:
+    engine = request.param
+    if engine == "dask":
+        engine += f":{request.getfixturevalue('cluster').address}"
+    with LoopbackWorker(workers=None if "dask" in engine else 2, args=["--engine", engine]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[LoopbackWorker]:
+    with LoopbackWorker(workers=2, args=["--engine", "processes"]) as running:
+        yield running
+
+
+def pool_of(worker: LoopbackWorker, **options: Any) -> WebSocketExecutor:
+    return WebSocketExecutor(worker.url, security=worker.security, **options)
+
+
+# Every engine
+
+
+def test_results_in_order(worker: LoopbackWorker) -> None:
+    with pool_of(worker) as pool:
+        assert list(pool.map(square, range(200))) == [number * number for number in range(200)]
+
+
+def test_a_coroutine(worker: LoopbackWorker) -> None:
+    with pool_of(worker) as pool:
+        assert pool.submit(square_later, 7).result(WAIT) == 49
+
+
+def test_an_exception_is_raised_as_itself_with_the_workers_traceback(worker: LoopbackWorker) -> None:
+    with pool_of(worker) as pool:
+        error = pool.submit(fails, "what is this").exception(WAIT)
+    assert type(error) is LookupError and error.args == ("what is this",)
+    assert "in fails" in str(error.__cause__)
+
+
+def test_a_result_that_cannot_travel_is_the_error_of_one_run(worker: LoopbackWorker) -> None:
+    with pool_of(worker) as pool:
+        error = pool.submit(unpicklable).exception(WAIT)
+        assert isinstance(error, EnvironmentExecutionError) and "cannot be pickled" in str(error)
+        assert pool.submit(square, 3).result(WAIT) == 9
+
+
+def test_payloads_of_mebibytes(worker: LoopbackWorker) -> None:
+    payload = os.urandom(6 << 20)
+    with pool_of(worker) as pool:
+        assert pool.submit(bytes, payload).result(WAIT) == payload
+
+
+def test_logs_of_a_task_come_to_the_host(worker: LoopbackWorker, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), pool_of(worker) as pool:
+        assert pool.submit(logs_and_returns, "hear, hear").result(WAIT) == "hear, hear"
+    assert [record.message for record in caplog.records if "hear, hear" in record.getMessage()] != []
+
+
+@pytest.mark.parametrize("mode", ["best_effort", "require_ack"])
+def test_a_queued_run_is_cancelled_for_good(worker: LoopbackWorker, tmp_path: Path, mode: str) -> None:
+    """A run that waits behind others never runs, where the engine can tell; its slot is lost nowhere."""
+    gate = tmp_path / "gate"
+    with pool_of(worker, delivery_cancel_mode=mode, cancel_ack_timeout=0.5) as pool:
+        holding = [pool.submit(hold_until, str(gate)) for _ in range(4)]
+        last = pool.submit(Path.touch, tmp_path / "ran")
+        assert last.cancel()
+        gate.touch()
+        assert [future.result(WAIT) for future in holding] == [str(gate)] * 4
+        assert pool.submit(square, 3).result(WAIT) == 9
+        with pytest.raises(DeliveryCancelled):
+            last.result(WAIT)
+
+
+def test_woves_own_executor_is_served(worker: LoopbackWorker) -> None:
+    environment = {"executor": "websocket", "executor_config": worker.config}
+    wove.config(default_environment="far", environments={"far": environment})
+    assert type(wove.environment.coerce_executor("websocket")) is WebSocketEnvironmentExecutor
+    with wove.weave() as w:
+
+        @w.do(range(20), workers=8)
+        def squares(item: int) -> int:
+            return item * item
+
+        @w.do
+        async def total(squares: list[int]) -> int:
+            return sum(squares)
+
+    assert w.result.total == sum(number * number for number in range(20))
+
+
+# Processes
+
+
+@pytest.mark.parametrize(
+    ("code", "how"), [(0, "ended itself"), (3, "exit code 3"), (-signal.SIGKILL, "killed by SIGKILL")]
+)
+def test_a_process_that_dies_is_one_retryable_error(processes: LoopbackWorker, code: int, how: str) -> None:
+    """``os._exit`` and the out-of-memory killer end one run, which may be run again; the pool goes on."""
+    with pool_of(processes) as pool:
+        doomed = pool.submit(ends_itself, code) if code >= 0 else pool.submit(kill_self)
+        error = doomed.exception(WAIT)
+        assert isinstance(error, EnvironmentExecutionError) and how in str(error)
+        assert error.payload["kind"] == "WorkerProcessDied" and error.payload["retryable"] is True
+        assert list(pool.map(square, range(20))) == [number * number for number in range(20)]
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("mode", ["best_effort", "require_ack"])
+def test_cancelling_an_endless_task_frees_its_slot(
+    processes: LoopbackWorker, tmp_path: Path, mode: str
+) -> None:
+    """Two of two slots compute for ever; cancelled, both processes are gone and both slots free."""
+    with pool_of(processes, delivery_cancel_mode=mode) as pool:
+        markers = [tmp_path / "one", tmp_path / "two"]
+        endless = [pool.submit(busy, str(marker)) for marker in markers]
+        until(lambda: all(marker.exists() and marker.read_text("ascii") for marker in markers))
+        assert all(future.cancel() for future in endless)
+        for future in endless:
+            with pytest.raises(DeliveryCancelled) as caught:
+                future.result(WAIT)
+            assert caught.value.acknowledged is (mode == "require_ack")
+        assert pool.submit(square, 3).result(WAIT) == 9
+        pids = [int(marker.read_text("ascii")) for marker in markers]
+        until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_two_tasks_compute_at_the_same_time(processes: LoopbackWorker, tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    with pool_of(processes) as pool:
+        pids = {future.result(WAIT) for future in (pool.submit(meet, one, two), pool.submit(meet, two, one))}
+    assert len(pids) == 2 and processes.pid not in pids
+
+
+def test_a_task_that_holds_the_interpreter_holds_up_nobody(processes: LoopbackWorker, tmp_path: Path) -> None:
+    """While it holds its GIL for seconds its own heartbeats and other runs go on."""
+    marker = tmp_path / "holding"
+    with pool_of(processes, delivery_heartbeat_seconds=1.0) as pool:
+        holding = pool.submit(hold_interpreter, str(marker))
+        until(marker.exists)
+        answers = 0
+        while not holding.done():
+            assert pool.submit(square, 3).result(WAIT) == 9
+            answers += 1
+        assert holding.result(WAIT) is True
+        assert answers > 3
+
+
+def test_an_idle_process_that_is_killed_costs_nothing(processes: LoopbackWorker) -> None:
+    """Killed while it waits for work: whoever would have had it next is executed elsewhere."""
+    with pool_of(processes) as pool:
+        for _ in range(3):
+            for pid in {pool.submit(where).result(WAIT) for _ in range(8)}:
+                os.kill(pid, signal.SIGKILL)
+            assert list(pool.map(square, range(50))) == [number * number for number in range(50)]
+
+
+def test_a_burst_of_deaths_and_cancels_loses_no_run(processes: LoopbackWorker) -> None:
+    """Every third run kills its process, every fifth is cancelled: each of 60 ends once, and as it should."""
+    with pool_of(processes) as pool:
+        futures: list[Any] = []
+        for number in range(60):
+            futures.append(
+                pool.submit(ends_itself, number % 2) if number % 3 == 0 else pool.submit(square, number)
+            )
+        for future in futures[::5]:
+            future.cancel()
+        for number, future in enumerate(futures):
+            if future.cancelled():
+                assert number % 5 == 0
+            elif number % 3 == 0:
+                assert isinstance(future.exception(WAIT), EnvironmentExecutionError)
+            else:
+                assert future.result(WAIT) == number * number
+
+
+def test_a_signal_to_the_whole_group_is_for_the_service_alone(tmp_path: Path) -> None:
+    """As systemd sends it: SIGTERM to every process. What runs ends in its own time, with its result."""
+    gate = tmp_path / "gate"
+    with LoopbackWorker(workers=2, args=["--engine", "processes"]) as worker, pool_of(worker) as pool:
+        held = pool.submit(hold_until, str(gate))
+        until(held.running)
+        assert worker.pid is not None
+        children = children_of(worker.pid)
+        assert len(children) >= 2
+        for pid in [*children, worker.pid]:
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: "Draining" in worker.log)
+        gate.touch()
+        assert held.result(WAIT) == str(gate)
+
+
+def test_no_process_outlives_the_service(tmp_path: Path) -> None:
+    """kill -9 of the service while a task computes for ever: its processes end with it."""
+    marker = tmp_path / "marker"
+    with LoopbackWorker(workers=2, args=["--engine", "processes"]) as worker:
+        with pool_of(worker, resume_window=0) as pool:
+            future = pool.submit(busy, str(marker))
+            until(lambda: marker.exists() and marker.read_text("ascii"))
+            assert worker.pid is not None
+            children = children_of(worker.pid)
+            worker.kill()
+            until(lambda: not any(is_alive(pid) for pid in children))
+            assert future.exception(WAIT) is not None
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes below *pid*."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text("ascii", "replace").rpartition(")")[2].split()[1])
+                if parent == pid:
+                    found += [int(entry.name), *children_of(int(entry.name))]
+    return found
+
+
+def test_without_pebble_the_install_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pebble", None)
+    with pytest.raises(EngineError, match=r'pip install "wove_ws_sync\[processes\]"'):
+        make_engine("processes", 1).start()
+
+
+# Others
+
+
+def test_the_engine_of_the_documentation() -> None:
+    """loky behind the service, found in the working directory as the how-to has it."""
+    examples = Path(__file__).parents[2] / "docs" / "examples"
+    search_path = os.pathsep.join([*sys.path, str(examples)])
+    with LoopbackWorker(args=["--engine", "loky_engine:make"], env={"PYTHONPATH": search_path}) as worker:
+        with pool_of(worker) as pool:
+            assert list(pool.map(square, range(50))) == [number * number for number in range(50)]
+            assert pool.submit(where).result(WAIT) != worker.pid
+
+
+def test_losing_a_dask_worker_loses_no_run(cluster: DaskCluster) -> None:
+    """A mapped weave of 1,000 items on two Dask workers, one of which is killed on the way."""
+    import wove_ws_sync
+
+    with LoopbackWorker(args=["--engine", f"dask:{cluster.address}"]) as worker:
+        environment = {"executor": "websocket", "executor_config": worker.config}
+        wove_ws_sync.config(default_environment="far", environments={"far": environment})
+        with pool_of(worker) as pool:
+            first = pool.submit(slow_square, 1)
+            assert first.result(WAIT) == 1
+        killer = cluster.kill_soon(0.5)
+        with wove.weave() as w:
+
+            @w.do(range(1000))
+            def squares(item: int) -> int:
+                return slow_square(item)
+
+        killer.join(WAIT)
+        assert cluster.alive == 1
+        assert w.result.squares == [number * number for number in range(1000)]
+    cluster.restore()
+
+
+@pytest.mark.parametrize(
+    ("engine", "code", "text"),
+    [
+        ("dask:tcp://127.0.0.1:1", 1, "No Dask scheduler answers at tcp://127.0.0.1:1"),
+        ("engine_tasks:make_broken", 1, "cannot be made: OSError: the cluster is away"),
+        ("engine_tasks:make_nothing", 1, "not a concurrent.futures.Executor"),
+        ("engine_tasks:nothing_there", 2, "nothing called 'nothing_there'"),
+        ("no_such_module:make", 2, "No module named 'no_such_module'"),
+    ],
+)
+def test_an_engine_that_cannot_be_had_is_one_clear_line(engine: str, code: int, text: str) -> None:
+    command = [sys.executable, "-m", "wove_ws_sync", "worker", "--port", "0", "--engine", engine]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == code and done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert text in last and last.startswith("wove-ws-sync worker: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,38 @@
+"""A job that is executed apart from the service, in a process of its own or on another machine.
+
+Owns: what both kinds of processes do with a command. Never: knows how the command came
+there, nor how the reports of the job travel back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable
+from typing import Any
+
+from . import logs
+from .commands import RunTask
+from .jobs import Job
+
+__all__ = ["execute", "perform"]
+
+
+def execute(job: Job) -> None:
+    """Execute *job* in this thread, an awaitable that its task returns as well."""
+    job.run(_drive)
+
+
+def perform(command: RunTask, limit: int) -> list[tuple[str, bytes]]:
+    """Execute the task of *command* and return all that the job reports, its end last."""
+    reports: list[tuple[str, bytes]] = []
+    logs.install()
+    try:
+        execute(Job(command, lambda kind, event: reports.append((kind, event)), limit))
+    finally:
+        logs.uninstall()
+    return reports
+
+
+def _drive(job: Job, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
+    context.run(asyncio.run, job.drive(awaitable))

@@ -1,0 +1,78 @@
+"""A process of the engine ``processes``, seen from inside: it executes one job after the other.
+
+Owns: the connection to the service and the main thread, which executes the jobs. Never:
+outlives the service.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Client, Connection
+from queue import SimpleQueue
+from typing import Any
+
+from . import logs
+from .apart import execute
+from .commands import RunTask
+from .jobs import Job, Report
+
+__all__ = ["serve"]
+
+
+def serve(address: Any, key: bytes, number: int, level: int, formatter: logging.Formatter | None) -> None:
+    """Execute what the service at *address* sends, until it is gone.
+
+    *number* is what the service knows this process by; *level* and *formatter* are those of its root logger.
+    """
+    # A signal to the whole process group is for the service to obey, which ends its processes itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Client(address, authkey=key)
+    connection.send((number, os.getpid()))
+    _log(level, formatter)
+    logs.install()
+    jobs: SimpleQueue[tuple[RunTask, int]] = SimpleQueue()
+    name = "wove-ws-service-0"
+    threading.Thread(target=_receive, args=(connection, jobs), name=name, daemon=True).start()
+    lock = threading.Lock()  # around the two messages of a report: a task may log in several threads
+
+    def report(kind: str, event: bytes) -> None:
+        with lock:
+            connection.send_bytes(kind.encode("ascii"))
+            connection.send_bytes(event)
+
+    while True:
+        job = _next(jobs, report)
+        try:
+            execute(job)
+        except OSError:  # of the connection: the service is gone
+            os._exit(1)
+
+
+def _next(jobs: SimpleQueue[tuple[RunTask, int]], report: Report) -> Job:
+    """Return the next job, whose payload nobody else keeps in memory."""
+    command, limit = jobs.get()
+    return Job(command, report, limit)
+
+
+def _receive(connection: Connection, jobs: SimpleQueue[tuple[RunTask, int]]) -> None:
+    """Pass on what the service sends; end the process with it, whatever a task does at that moment."""
+    try:
+        while True:
+            jobs.put(connection.recv())
+    except BaseException:
+        os._exit(1)
+
+
+def _log(level: int, formatter: logging.Formatter | None) -> None:
+    """Have the tasks log as they do in the service's own process."""
+    root = logging.getLogger()
+    root.setLevel(level)
+    if formatter is not None:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
