@@ -23,9 +23,9 @@ GRACE = 5.0
 MIB = 1024 * 1024
 
 
-def resident() -> int:
-    """Return the bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
+def resident(pid: int | str = "self") -> int:
+    """Return the bytes of a process, this one by default, that are in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def descriptors() -> int:

@@ -39,12 +39,14 @@ _REMEDIES = {
 
 class Answer(NamedTuple):
     """What the worker service said of itself: the extensions it agreed to (None if it does not know
-    of any), the largest message it accepts (None if it did not say) and which instance it is ("" likewise).
+    of any), the largest message it accepts (None if it did not say), which instance it is ("" likewise)
+    and which runs it can stop (None likewise).
     """
 
     features: frozenset[str] | None
     max_message_bytes: int | None
     worker: str = ""
+    cancels: frozenset[str] | None = None
 
 
 def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Answer:
@@ -84,7 +86,9 @@ def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Ans
         features &= offered
         if not worker:
             features -= {"resume"}  # nobody could tell whether it is the one from before
-    return Answer(features, int(limit) if readable else None, worker)
+    cancels = seam.response.get("x-wove-cancels")
+    stoppable = None if cancels is None else frozenset(name.strip() for name in cancels.split(","))
+    return Answer(features, int(limit) if readable else None, worker, stoppable)
 
 
 def _features(field: str) -> frozenset[str] | None:

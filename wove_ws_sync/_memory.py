@@ -53,6 +53,7 @@ class MemoryTransport:
     """
 
     peer_max_message_bytes: int | None = None
+    cancels: frozenset[str] | None = None
 
     def __init__(
         self, clock: Clock, *, features: frozenset[str] | None = frozenset(), worker: str = ""

@@ -65,6 +65,8 @@ class Transport(Protocol):
     @property
     def worker(self) -> str: ...
     @property
+    def cancels(self) -> frozenset[str] | None: ...
+    @property
     def last_byte_at(self) -> float: ...
     @property
     def partial_at(self) -> float: ...
@@ -90,7 +92,8 @@ class WebSocketTransport:
 
     ``features`` are the extensions that the worker agreed to, None for a worker that does
     not know of them; ``peer_max_message_bytes`` is the largest message it accepts, if it said;
-    ``worker`` names the instance, "" for a worker that does not say.
+    ``worker`` names the instance, "" for a worker that does not say; ``cancels`` are the kinds of
+    runs that it can stop, None likewise.
     """
 
     def __init__(self, wire: Wire, answer: Answer, options: LinkOptions, clock: Clock) -> None:
@@ -98,6 +101,7 @@ class WebSocketTransport:
         self.features = answer.features
         self.peer_max_message_bytes = answer.max_message_bytes
         self.worker = answer.worker
+        self.cancels = answer.cancels
         self._wire = wire
         self._frames = FrameReader(wire, options.max_message_bytes)
         self._outbox = Outbox()

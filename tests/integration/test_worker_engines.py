@@ -315,6 +315,16 @@ def test_losing_a_dask_worker_loses_no_run(cluster: DaskCluster) -> None:
     cluster.restore()
 
 
+def test_an_executor_that_broke_is_made_anew() -> None:
+    """The standard library's pool of processes is of no use after one of them died."""
+    with LoopbackWorker(args=["--engine", "engine_tasks:make_processes"]) as worker, pool_of(worker) as pool:
+        for _ in range(2):
+            error = pool.submit(ends_itself, 3).exception(WAIT)
+            assert isinstance(error, EnvironmentExecutionError)
+            assert error.payload["kind"] == "EngineFailed" and error.payload["retryable"] is True
+            assert list(pool.map(square, range(20))) == [number * number for number in range(20)]
+
+
 @pytest.mark.parametrize(
     ("engine", "code", "text"),
     [

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from typing import Any
 
 from ..frames import encode
@@ -25,6 +26,7 @@ from .runs import Stopped
 
 __all__ = ["FutureEngine"]
 
+_logger = logging.getLogger("wove_ws_sync.worker")
 _numbers = itertools.count()
 
 
@@ -46,6 +48,7 @@ class FutureEngine:
         self._line: deque[Job] = deque()
         self._out = 0
         self._closed = False
+        self._remaking = threading.Lock()  # an executor that broke, a process pool say, is replaced once
 
     def start(self) -> None:
         """See Engine."""
@@ -79,15 +82,27 @@ class FutureEngine:
     def _hand_over(self) -> None:
         """Give the executor what it may have. Any thread; the executor may call back from within."""
         while (job := self._next()) is not None:
-            assert self._executor is not None
             job.relay("started", _started(job))
             try:
-                job.future = self._executor.submit(perform, *job.order())
+                job.future = self._give(job)
             except Exception as exc:
                 self._took_back()
                 job.relay("ended", self._broken(job, exc))
             else:
                 job.future.add_done_callback(functools.partial(self._done, job))
+
+    def _give(self, job: Job) -> Future[list[tuple[str, bytes]]]:
+        executor = self._executor
+        assert executor is not None
+        try:
+            return executor.submit(perform, *job.order())
+        except BrokenExecutor as exc:
+            with self._remaking:
+                if self._executor is executor:
+                    _logger.warning("The engine %r broke (%s) and is made anew.", self.name, exc)
+                    self._executor = self._make()
+                again = self._executor
+            return again.submit(perform, *job.order())
 
     def _next(self) -> Job | None:
         with self._lock:

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -44,6 +45,8 @@ _START_TIMEOUT = 60.0
 _EXIT_CODE_TIMEOUT = 2.0
 #: Between two attempts to start a process, in seconds.
 _PAUSE = 1.0
+#: After a connection that failed, in seconds.
+_BETWEEN_ACCEPTS = 0.05
 #: A job that ends so many processes before it begins is not given to another one.
 _MAX_ATTEMPTS = 3
 
@@ -56,11 +59,12 @@ class ProcessEngine:
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = check_workers(workers) or os.cpu_count() or 1
-        # Guards all that follows, and each slot's job and child.
+        self._closing = threading.Event()
+        # Guards all that follows, and each slot's job and child; notifies slots that wait for a job.
         self._changed = threading.Condition()
         self._line: deque[Job] = deque()
         self._waiting: dict[int, SimpleQueue[_Child | None]] = {}
-        self._closed = False
+        self._failure = ""
         self._pools: list[Any] = []  # the last one is in use
         self._listener: Listener | None = None
         self._key = secrets.token_bytes(32)
@@ -79,7 +83,7 @@ class ProcessEngine:
         for slot in self._slots:
             self._start_thread("slot", slot.run)
         if not self._is_up.wait(_START_TIMEOUT):
-            raise EngineError(f"No process of the engine was ready within {_START_TIMEOUT:g} s.")
+            raise EngineError(self._failure or f"No process of the engine was ready in {_START_TIMEOUT:g} s.")
 
     def _start_thread(self, role: str, target: Any) -> None:
         thread = threading.Thread(target=target, name=f"wove-ws-{role}-{next(_numbers)}", daemon=True)
@@ -89,7 +93,7 @@ class ProcessEngine:
     def submit(self, job: Job) -> None:
         """See Engine."""
         with self._changed:
-            if self._closed:
+            if self._closing.is_set():
                 raise RuntimeError("the worker service is stopping")
             self._line.append(job)
             self._changed.notify()
@@ -110,7 +114,7 @@ class ProcessEngine:
         """See Engine."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            self._closed = True
+            self._closing.set()
             self._line.clear()
             for slot in self._slots:
                 slot.kill()
@@ -151,7 +155,7 @@ class ProcessEngine:
         while True:
             inbox: SimpleQueue[_Child | None] = SimpleQueue()
             with self._changed:
-                if self._closed:
+                if self._closing.is_set():
                     return None
                 number = next(self._serials)
                 self._waiting[number] = inbox
@@ -168,10 +172,9 @@ class ProcessEngine:
 
     def _employ(self, number: int) -> Future[None]:
         """Have pebble call ``serve`` in a process that has no other task. Hold ``_changed``."""
-        root = logging.getLogger()
-        formatter = root.handlers[0].formatter if root.handlers else None
         assert self._listener is not None
-        arguments = (self._listener.address, self._key, number, root.level, formatter)
+        level = logging.getLogger().level
+        arguments = (self._listener.address, self._key, number, level, _stderr_formatter())
         try:
             return self._pools[-1].schedule(serve, arguments)  # type: ignore[no-any-return]
         except RuntimeError:  # it broke, as it does when a process without a task is killed
@@ -180,19 +183,19 @@ class ProcessEngine:
 
     def _pause(self, employment: Future[None]) -> None:
         """Wait before the next attempt to have a process."""
-        with self._changed:
-            if self._closed:
-                return
-            reason = employment.exception(0) if employment.done() else "it did not answer"
-            _logger.error("A process of the engine could not be started: %s.", reason)
-            self._changed.wait_for(lambda: self._closed, _PAUSE)
+        if not self._closing.is_set():
+            self._failure = f"A process of the engine could not be started: {employment.exception()}."
+            _logger.error("%s", self._failure)
+            self._closing.wait(_PAUSE)
 
     def _accept(self) -> None:
         """Take the connections of processes that have started."""
         assert self._listener is not None
-        while not self._closed:
-            with contextlib.suppress(Exception):  # one that broke off, or cannot say who it is
+        while not self._closing.is_set():
+            try:
                 self._welcome(self._listener.accept())
+            except Exception:  # one that broke off, or cannot say who it is; or no descriptor is to be had
+                self._closing.wait(_BETWEEN_ACCEPTS)
 
     def _welcome(self, connection: Connection) -> None:
         number, pid = connection.recv()
@@ -209,8 +212,8 @@ class ProcessEngine:
         """Return the next job for *slot*, None if the engine is closed. Blocks."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._closed or self._line)
-                if self._closed:
+                self._changed.wait_for(lambda: self._closing.is_set() or self._line)
+                if self._closing.is_set():
                     return None
                 job = self._line.popleft()
                 if not job.cancel_requested and not job.abandoned:
@@ -228,12 +231,20 @@ class ProcessEngine:
         """Let another process have a job that did not begin; return whether that is wanted."""
         with self._changed:
             slot.job = None
-            if self._closed or job.cancel_requested or job.attempts >= _MAX_ATTEMPTS:
+            if self._closing.is_set() or job.cancel_requested or job.attempts >= _MAX_ATTEMPTS:
                 return False
             job.future = None
             self._line.appendleft(job)
             self._changed.notify()
             return True
+
+
+def _stderr_formatter() -> logging.Formatter | None:
+    """Return how the service writes its log to stderr, None if it does not."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            return handler.formatter
+    return None
 
 
 def _tell_end(inbox: SimpleQueue[_Child | None], employment: Future[None]) -> None:
@@ -270,7 +281,12 @@ class _Slot:
         self.child: _Child | None = None  # None as well once it was killed
 
     def kill(self) -> None:
-        """End the process, if there is one, whatever it does. Hold the engine's ``_changed``."""
+        """End the process, if it executes a job. Hold the engine's ``_changed``.
+
+        An idle one ends with its connection. It may have ended long ago, and its number be another's.
+        """
+        if self.job is None:
+            return
         child, self.child = self.child, None
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
