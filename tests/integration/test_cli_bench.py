@@ -27,7 +27,7 @@ def test_quick_report() -> None:
     report: dict[str, Any] = json.loads(done.stdout)
     assert {"wove", "websockets", "websocket-client"} <= report["versions"].keys()
     assert report["python"].split()[1].startswith("3.") and report["cpus"] >= 1
-    assert [case["case"] for case in report["cases"]] == ["weave", "roundtrip", "pipelined", "large"]
+    assert [case["case"] for case in report["cases"]] == ["weave", "roundtrip", "pipelined", "large", "cores"]
     for case in report["cases"]:
         for row in case["contestants"]:
             assert all(math.isfinite(row[key]) for key in ("low", "median", "high")), row

@@ -95,6 +95,14 @@ def zeros(size: int) -> bytes:
     return bytes(size)
 
 
+def compute(steps: int) -> int:
+    """Compute in pure Python."""
+    total = 0
+    for number in range(steps):
+        total += number
+    return total
+
+
 # -- the ground they run on -----------------------------------------------------------
 
 
@@ -142,6 +150,11 @@ class Ground:
         unchecked = websocket.create_connection(server, timeout=_TIMEOUT, skip_utf8_validation=True)
         self._stack.callback(unchecked.close)
         return plain, unchecked
+
+    def process_engine(self) -> WebSocketExecutor:
+        """Return an executor on a worker service of its own whose engine is ``processes``, with two of them."""
+        worker = self._stack.enter_context(LoopbackWorker(workers=2, args=["--engine", "processes"]))
+        return self._stack.enter_context(WebSocketExecutor(**worker.config))
 
     def processes(self) -> ProcessPoolExecutor:
         """Return a pool of processes, one for each CPU."""
@@ -292,9 +305,34 @@ def large(ground: Ground, quick: bool) -> Case:
     return Case("large", "one weave with large payloads", "ms", contestants, ratios)
 
 
+def cores(ground: Ground, quick: bool) -> Case:
+    """Tasks that compute, one and two at a time, on threads and on processes."""
+    steps = 1_000_000 if quick else 5_000_000
+    engines = {"threads": ground.pool, "processes": ground.process_engine()}
+
+    def at_once(pool: WebSocketExecutor, count: int) -> Callable[[], float]:
+        def run() -> None:
+            for result in pool.map(compute, [steps] * count, timeout=_TIMEOUT):
+                _check(result, steps * (steps - 1) // 2)
+
+        return _median(1, 1e-3, run)
+
+    contestants = tuple(
+        Contestant(f"{name}, {count} at a time", at_once(pool, count))
+        for name, pool in engines.items()
+        for count in (1, 2)
+    )
+    ratios = tuple(
+        Ratio(f"{name}, two / one", f"{name}, 2 at a time", f"{name}, 1 at a time", goal, at_most=True)
+        for name, goal in (("processes", 1.25), ("threads", 2.5))
+    )
+    return Case("cores", f"tasks of {steps:,} additions", "ms", contestants, ratios)
+
+
 CASES: dict[str, Callable[[Ground, bool], Case]] = {
     "weave": weave,
     "roundtrip": roundtrip,
     "pipelined": pipelined,
     "large": large,
+    "cores": cores,
 }

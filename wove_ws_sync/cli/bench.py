@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -44,9 +45,9 @@ def register(subparsers: Any) -> None:
         "--cases",
         nargs="+",
         choices=list(CASES),
-        default=list(CASES),
+        default=[name for name in CASES if name != "cores" or importlib.util.find_spec("pebble")],
         metavar="CASE",
-        help=f"which of {', '.join(CASES)} (default: all)",
+        help=f"which of {', '.join(CASES)} (default: all; cores if pebble is installed)",
     )
     add(
         "--repeat",

@@ -101,8 +101,9 @@ class FutureEngine:
                 if self._executor is executor:
                     _logger.warning("The engine %r broke (%s) and is made anew.", self.name, exc)
                     self._executor = self._make()
-                again = self._executor
-            return again.submit(perform, *job.order())
+                executor = self._executor
+            assert executor is not None
+            return executor.submit(perform, *job.order())
 
     def _next(self) -> Job | None:
         with self._lock:
