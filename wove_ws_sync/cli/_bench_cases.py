@@ -152,7 +152,7 @@ class Ground:
         return plain, unchecked
 
     def process_engine(self) -> WebSocketExecutor:
-        """Return an executor on a worker service of its own whose engine is ``processes``, with two of them."""
+        """Return an executor on a worker service of its own, whose engine has two processes."""
         worker = self._stack.enter_context(LoopbackWorker(workers=2, args=["--engine", "processes"]))
         return self._stack.enter_context(WebSocketExecutor(**worker.config))
 
