@@ -35,6 +35,10 @@ _LOOKS = 20
 _RESUME_PATIENCE = 5.0
 
 
+# The kinds of running tasks that a worker may say it can stop.
+_RUNNING = frozenset({"coroutines", "calls"})
+
+
 class LinkThreads(LinkEnds):
     """A link that dials and reads; :class:`~wove_ws_sync.link.Link` is what others use of it."""
 
@@ -125,6 +129,8 @@ class LinkThreads(LinkEnds):
             now = connection.up_since = self._clock.monotonic()
             self._counts["connects"] += 1
             self._table.heartbeat_factor = 1.0 if transport.features is not None else 2.0
+            stoppable = transport.cancels
+            self._table.stops_running = stoppable is None or not stoppable.isdisjoint(_RUNNING)
             self._set_state(LinkState.READY)
             effects = self._find_runs(connection, transport.worker, now)
             effects += self._post_ready(now)

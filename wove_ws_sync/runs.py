@@ -57,6 +57,8 @@ class RunTable:
         self._losses = Losses(self._book)
         # Parts of the book that are asked for every event.
         self._runs, self._line, self._alarms = self._book.runs, self._book.line, self._book.alarms
+        #: Whether the worker may be able to stop a task that has begun.
+        self.stops_running = True
         self.dropped: Counter[str] = Counter()
         self.counts = self._book.counts
 
@@ -173,16 +175,19 @@ class RunTable:
 
         Whatever had not left this process ends at once. Under "best_effort" the rest ends
         at once too; under "require_ack" it stays CANCELLING until the worker answers or
-        ``cancel_ack_timeout`` has passed.
+        ``cancel_ack_timeout`` has passed, unless the worker has said that it cannot stop what runs.
         """
         if run.terminal or run.state is RunState.CANCELLING:
             return []
         if run.withdraw():
             return self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=run.attempt == 1))
-        if run.delivery.delivery_cancel_mode == "best_effort":
+        if run.delivery.delivery_cancel_mode == "best_effort" or self._is_unstoppable(run):
             command = CancelAtWorker(run, run.generation)
             return [command, *self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))]
         return self._await_ack(run, now, run.deadline.earliest(Deadline(now + self._cancel_ack_timeout)))
+
+    def _is_unstoppable(self, run: Run) -> bool:
+        return run.state is RunState.RUNNING and not self.stops_running
 
     # -- time --------------------------------------------------------------------
 
@@ -229,7 +234,8 @@ class RunTable:
         run.timeout = DeliveryTimeout(text, run_id=run.run_id)
         if run.withdraw():
             return self._book.time_out(run)
-        if run.delivery.delivery_cancel_mode == "require_ack" and not run.in_limbo:
+        awaited = run.delivery.delivery_cancel_mode == "require_ack" and not self._is_unstoppable(run)
+        if awaited and not run.in_limbo:
             return self._await_ack(run, now, Deadline(now + self._cancel_ack_timeout))
         return [CancelAtWorker(run, run.generation), *self._book.time_out(run)]
 

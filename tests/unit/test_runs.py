@@ -185,6 +185,27 @@ def test_f29_require_ack_waits_for_the_worker() -> None:
     assert ended["acknowledged"] is True
 
 
+def test_f29_require_ack_waits_for_no_answer_that_cannot_come() -> None:
+    """What runs where nothing can be stopped is cancelled at once, unacknowledged; what is queued waits."""
+    runs = table()
+    runs.stops_running = False
+    running = on_its_way(runs, make_run("running", delivery_cancel_mode="require_ack"))
+    queued = on_its_way(runs, make_run("queued", delivery_cancel_mode="require_ack"))
+    runs.receive(event("task_started", "running"), 1.0, 1)
+    effects = runs.cancel(running, 2.0)
+    assert cancels(effects) == ["running"] and delivered(effects)[0]["acknowledged"] is False
+    assert delivered(runs.cancel(queued, 2.0)) == [] and queued.state is RunState.CANCELLING
+
+
+def test_f29_a_deadline_waits_for_no_answer_that_cannot_come() -> None:
+    runs = table()
+    runs.stops_running = False
+    run = on_its_way(runs, make_run(delivery_cancel_mode="require_ack", delivery_timeout=5.0))
+    runs.receive(event("task_started"), 1.0, 1)
+    effects = runs.tick(5.0)
+    assert cancels(effects) == ["r"] and run.state is RunState.TIMED_OUT
+
+
 def test_f29_require_ack_lets_a_result_win() -> None:
     """A result that comes before the acknowledgement is the run's end."""
     runs = table()
