@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import websocket
 
 from ._address import check_header
-from ._route import place, warn
+from ._route import Witness, nobody, place, warn
 from ._wire import NotHTTP, Wire
 from .errors import AuthenticationRejected, HandshakeRejected
 from .options import LinkOptions
@@ -49,7 +49,9 @@ class Answer(NamedTuple):
     cancels: frozenset[str] | None = None
 
 
-def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Answer:
+def upgrade(
+    wire: Wire, options: LinkOptions, headers: Mapping[str, str], witness: Witness = nobody
+) -> Answer:
     """Do the opening handshake.
 
     Raises HandshakeRejected for every answer but a valid upgrade, and what the wire raises.
@@ -59,7 +61,7 @@ def upgrade(wire: Wire, options: LinkOptions, headers: Mapping[str, str]) -> Ans
     if websocket.isEnabledForTrace():
         warn("websocket.enableTrace(True) was called: what passes through websocket-client is logged")
     key = base64.b64encode(os.urandom(16)).decode()
-    seam = _Seam(wire, options, headers, key)
+    seam = _Seam(wire, options, headers, key, witness)
     ws = websocket.WebSocket(enable_multithread=False, skip_utf8_validation=True)
     try:
         ws.connect(  # type: ignore[no-untyped-call]
@@ -115,7 +117,10 @@ class _Seam:
     and shows the library only the lines it checks.
     """
 
-    def __init__(self, wire: Wire, options: LinkOptions, headers: Mapping[str, str], key: str) -> None:
+    def __init__(
+        self, wire: Wire, options: LinkOptions, headers: Mapping[str, str], key: str, witness: Witness
+    ) -> None:
+        self._witness = witness
         self.response: dict[str, str] = {}
         self._wire = wire
         self._place = place(options)
@@ -151,6 +156,7 @@ class _Seam:
         for name, _, value in fields:
             lower, text = name.decode("latin-1").lower(), value.strip().decode("latin-1")
             self.response[lower] = f"{self.response[lower]}, {text}" if lower in self.response else text
+        self._witness("answer", (int(match[1]), dict(self.response)))
         if match[1] != b"101":
             raise self._refusal(int(match[1]))
         for unasked in ("sec-websocket-extensions", "sec-websocket-protocol"):

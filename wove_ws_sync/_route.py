@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import security
@@ -26,12 +26,20 @@ from ._wire import NotHTTP, Wire
 from .options import LinkOptions
 from .timing import Clock, Deadline
 
-__all__ = ["connect", "place", "tls_context", "warn"]
+__all__ = ["Witness", "connect", "nobody", "place", "tls_context", "warn"]
 
 _log = logging.getLogger("wove_ws_sync.host")
 _numbers = itertools.count(1)
 
 _Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
+
+#: Is told of each stage of a dial that succeeded, with what came of it: "name" (the addresses), "tcp"
+#: (the Wire), "proxy" (None), "tls" (the SSLObject), "answer" (status and headers, names in lower case).
+Witness = Callable[[str, Any], None]
+
+
+def nobody(stage: str, outcome: Any) -> None:
+    """Be the witness of a dial that nobody watches."""
 
 
 def place(options: LinkOptions) -> str:
@@ -49,14 +57,22 @@ def warn(text: str, *args: object) -> None:
         _log.warning(text, *args, stacklevel=2)
 
 
-def connect(options: LinkOptions, context: ssl.SSLContext | None, deadline: Deadline, clock: Clock) -> Wire:
+def connect(
+    options: LinkOptions,
+    context: ssl.SSLContext | None,
+    deadline: Deadline,
+    clock: Clock,
+    witness: Witness = nobody,
+) -> Wire:
     """Return the bytes' way to the worker service, TLS included, ready for the upgrade request.
 
     Raises OSError (its subclasses for names, refusals, timeouts and certificates), and
     ValueError if a target that is exempt from TLS or security as a local one is not local.
     """
     host, port = options.proxy_address or (options.host, options.port)
-    wire = Wire(_connect_any(_resolve(host, port, deadline, clock), deadline, clock), clock, deadline)
+    addresses = _resolve(host, port, deadline, clock)
+    witness("name", addresses)
+    wire = Wire(_connect_any(addresses, deadline, clock), clock, deadline)
     try:
         if security.loopback_only(options) and not security.is_loopback_address(wire.peer_address()):
             raise ValueError(
@@ -64,11 +80,13 @@ def connect(options: LinkOptions, context: ssl.SSLContext | None, deadline: Dead
                 "Use TLS or set executor_config.insecure=True for development. "
                 f"({host} was reached at {wire.peer_address()}, which is not a loopback address.)"
             )
+        witness("tcp", wire)
         if options.proxy:
             _tunnel(wire, options, options.proxy)
+            witness("proxy", None)
         _set_options(wire, options)
         if context is not None:
-            wire.start_tls(context, (options.server_hostname or options.host).rstrip("."))
+            witness("tls", wire.start_tls(context, (options.server_hostname or options.host).rstrip(".")))
     except BaseException:
         wire.close()
         raise

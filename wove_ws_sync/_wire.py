@@ -244,8 +244,12 @@ class Wire:
 
     # -- the connection ------------------------------------------------------------
 
-    def start_tls(self, context: ssl.SSLContext, server_hostname: str) -> None:
-        """Do the TLS handshake before the deadline. Raises ssl.SSLError, EndOfStream, TimeoutError."""
+    def start_tls(self, context: ssl.SSLContext, server_hostname: str) -> ssl.SSLObject:
+        """Do the TLS handshake before the deadline and return what tells of its outcome.
+
+        Raises ssl.SSLError, EndOfStream, TimeoutError. Once there is a second thread nobody else
+        may touch what it returns.
+        """
         tls = context.wrap_bio(self._inbound, self._outbound, server_hostname=server_hostname)
         self._cipher = memoryview(bytearray(_BUFFER_BYTES))
         while True:
@@ -263,6 +267,7 @@ class Wire:
                 break
         self._send_records()
         self._tls = tls
+        return tls
 
     def _send_records(self) -> None:
         self._tail = memoryview(self._outbound.read())

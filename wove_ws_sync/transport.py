@@ -21,7 +21,7 @@ import websocket
 from ._framing import FrameReader, Violation, close_payload
 from ._handshake import Answer, upgrade
 from ._outbox import Outbox, Parcel
-from ._route import connect, place, tls_context
+from ._route import Witness, connect, nobody, place, tls_context
 from ._wire import EndOfStream, Wire
 from .errors import HandshakeRejected
 from .options import LinkOptions
@@ -295,9 +295,12 @@ class WebSocketTransport:
         self._wire.abort()
 
 
-def dial(options: LinkOptions, headers: Mapping[str, str], *, clock: Clock) -> WebSocketTransport:
+def dial(
+    options: LinkOptions, headers: Mapping[str, str], *, clock: Clock, witness: Witness = nobody
+) -> WebSocketTransport:
     """Connect to the worker service: name, TCP, proxy, TLS and upgrade within ``open_timeout`` seconds.
 
+    *witness* hears of each of these when it has succeeded, before the next one begins.
     Raises TimeoutError, ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError,
     ssl.SSLError, ConnectionError, another OSError, HandshakeRejected (AuthenticationRejected for
     401 and 403), and ValueError if a target taken for local is not. Nothing is left open then.
@@ -306,8 +309,8 @@ def dial(options: LinkOptions, headers: Mapping[str, str], *, clock: Clock) -> W
     context = tls_context(options)
     wire: Wire | None = None
     try:
-        wire = connect(options, context, deadline, clock)
-        answer = upgrade(wire, options, headers)
+        wire = connect(options, context, deadline, clock, witness)
+        answer = upgrade(wire, options, headers, witness)
     except BaseException as exc:
         if wire is not None:
             wire.close()
