@@ -676,16 +676,17 @@ class TestGreeting:
         found = self.read(Sync=sync, Host=host)
         assert found.ours and found.features == features
         assert found.host_id == (host.lower() if "resume" in features else "")
-        answer = found.answer("w", 5)
+        answer = found.answer("w", 5, {"queued", "calls"})
         assert answer["X-Wove-Sync"] == "1" + ("; f=" + ",".join(features) if features else "")
         assert (answer["X-Wove-Worker"], answer["X-Wove-Max-Message"]) == ("w", "5")
+        assert answer["X-Wove-Cancels"] == "calls, queued"
 
     @pytest.mark.parametrize("sync", [[], ["2; f=ack"], ["1", "1"], ["11"], [""], ["ack"]])
     def test_another_version_is_a_foreign_host(self, sync: list[str]) -> None:
         """It is answered nothing and uses nothing."""
         found = self.read(Sync=sync, Host="a" * 32, Max_Message="5000000")
         assert found == Greeting(False, (), 1024 * 1024 - 1, "", 0.0)
-        assert found.answer("w", 5) == {}
+        assert found.answer("w", 5, {"queued", "calls"}) == {}
 
     @pytest.mark.parametrize(
         ("text", "window"),
