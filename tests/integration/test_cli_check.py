@@ -153,6 +153,7 @@ def test_all_is_well(worker: LoopbackWorker, check: Check) -> None:
     assert steps["extensions"]["facts"]["features"] == ["ack", "drain", "resume"]
     assert steps["extensions"]["facts"]["max_message_bytes"] == 256 * 1024 * 1024
     assert len(steps["extensions"]["facts"]["worker"]) == 32
+    assert steps["extensions"]["facts"]["cancels"] == ["coroutines", "queued"]
     assert 0.0 < steps["roundtrip"]["facts"]["min_seconds"] <= steps["roundtrip"]["facts"]["median_seconds"]
     assert steps["run"]["facts"]["warm_seconds"] > 0.0
     assert steps["clock"]["facts"]["source"] == "run"

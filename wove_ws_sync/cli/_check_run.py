@@ -37,7 +37,8 @@ __all__ = ["Offset", "clock", "extensions", "from_date", "goodbye", "round_trips
 _PINGS = 5
 # A result that is not there this long after its deadline will not come.
 _GRACE = 5.0
-_OURS = ("x-wove-sync", "x-wove-max-message", "x-wove-worker")
+_OURS = ("x-wove-sync", "x-wove-max-message", "x-wove-worker", "x-wove-cancels")
+_CANCELS = frozenset({"queued", "coroutines", "calls"})
 _LOST_CODES = {
     1001: "It stops or restarts: try again.",
     1008: "It refuses this host: check --security on both sides.",
@@ -67,6 +68,7 @@ def extensions(seen: Dial) -> Step:
         "features": sorted(features or ()),
         "max_message_bytes": limit,
         "worker": seen.transport.worker or None,
+        "cancels": None if seen.transport.cancels is None else sorted(seen.transport.cancels & _CANCELS),
         "other_headers": others,
     }
     if features is None:
@@ -79,6 +81,8 @@ def extensions(seen: Dial) -> Step:
     detail = ", ".join(sorted(features)) or "none in common"
     if limit is not None:
         detail += f"; messages up to {_size(limit)}"
+    if facts["cancels"] is not None:
+        detail += f"; a cancel stops {', '.join(facts['cancels']) or 'nothing for certain'}"
     if seen.transport.worker:
         detail += f"; instance {seen.transport.worker[:8]}"
     if others:
