@@ -174,7 +174,8 @@ def test_f10_packets_are_dropped(state: str) -> None:
     assert "in time: True" in lines
     [lost] = [line for line in lines if line.startswith("lost: ")]
     if state == "second net":
-        assert "timed out" in lost
+        # The kernel says why to one system call only, that of the reader or that of the writer.
+        assert "timed out" in lost or "Broken pipe" in lost
     elif state == "idle":
         assert "no bytes for 0.5 s after a ping" in lost
     if state != "idle":
