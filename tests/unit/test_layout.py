@@ -28,6 +28,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
         frozenset({"runs", "_alarms", "_book", "_line", "_losses", "_run", "_reconnect"}),
         frozenset(
             {
+                "worker.access",
                 "worker.alarm",
                 "worker.auth",
                 "worker.commands",
@@ -38,10 +39,12 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.jobs",
                 "worker.kept",
                 "worker.logs",
+                "worker.metrics",
                 "worker.outbox",
                 "worker.runs",
                 "worker.sendqueue",
                 "worker.shelf",
+                "worker.statistics",
             }
         ),
     ),
@@ -63,7 +66,16 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"session"}),),
     (
         frozenset({"sync", "futures", "_executor_core", "_run_future", "aio", "plugin", ""}),
-        frozenset({"worker", "worker.connection", "worker.dispatcher", "worker.service"}),
+        frozenset(
+            {
+                "worker",
+                "worker.connection",
+                "worker.dispatcher",
+                "worker.pages",
+                "worker.service",
+                "worker.status",
+            }
+        ),
     ),
     (frozenset({"testing"}),),
     (frozenset({"cli", "cli.", "__main__"}),),
@@ -78,6 +90,7 @@ OUTSIDE = {
     "cryptography": {"worker.", "cli.", "testing"},
     "dask": {"worker.dask_engine"},
     "pebble": {"worker.process_engine"},
+    "prometheus_client": {"worker.metrics"},
 }
 
 PUBLIC = {
@@ -212,6 +225,7 @@ def test_import_is_light() -> None:
     program = (
         "import logging, sys, threading, wove_ws_sync\n"
         "heavy = {'django', 'celery', 'gevent', 'requests', 'opentelemetry', 'websockets', 'cryptography'}\n"
+        "heavy |= {'prometheus_client'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "assert threading.enumerate() == [threading.main_thread()], threading.enumerate()\n"
         "[handler] = logging.getLogger('wove_ws_sync').handlers\n"

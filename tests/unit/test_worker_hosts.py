@@ -18,7 +18,6 @@ from wove_ws_sync.worker.host import Host
 from wove_ws_sync.worker.hosts import HostTable
 from wove_ws_sync.worker.kept import Account, Kept, KeptEvents
 from wove_ws_sync.worker.runs import BeatSchedule, Run, RunState, RunTable
-from wove_ws_sync.worker.shelf import Shelf
 
 FULL = ("resume", "ack", "drain")
 POLICIES = ("fail", "cancel", "requeue", "detach")
@@ -547,7 +546,7 @@ def test_every_run_is_in_one_place_whatever_happens(steps: list[tuple[str, int, 
         for run in alive:
             assert run.owner.runs.get(run.run_id) is run
         for owner in service.table._owners():
-            kept = owner._kept if isinstance(owner, Shelf) else owner.kept
+            kept = owner.kept
             for run_id in kept or ():
                 entry = kept and kept.get(run_id)
                 assert entry and entry.run.owner is owner and entry.run.state is RunState.ENDED

@@ -6,7 +6,9 @@ nonces, the rule where a service may listen. Never: sees a frame, logs a secret.
 
 from __future__ import annotations
 
+import base64
 import heapq
+import hmac
 import math
 import threading
 import time
@@ -86,6 +88,27 @@ class Authenticator:
     def key_id(self, get_all: Callable[[str], Sequence[str]]) -> str:
         """Return the key id of a handshake that was accepted; "" where secrets have no names."""
         return get_all("X-Wove-Key")[0] if self.mode == "signed" else ""
+
+    def knows_secret(self, authorizations: Sequence[str]) -> bool:
+        """Tell whether an Authorization header holds the secret itself, as of a browser or Prometheus.
+
+        As ``Bearer``, or as the password of ``Basic`` with any name. For reading only: hosts
+        with a signing secret never send it.
+        """
+        secret = str(self._security.token).encode() if self.mode == "bearer" else self._security.secret
+        if self.mode == "none" or len(authorizations) != 1:
+            return False
+        scheme, _, given = authorizations[0].strip().partition(" ")
+        if scheme.lower() == "bearer":
+            password = given.strip().encode("utf-8", "surrogateescape")
+        elif scheme.lower() == "basic":
+            try:
+                password = base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+            except ValueError:
+                return False
+        else:
+            return False
+        return hmac.compare_digest(password, secret)
 
     @staticmethod
     def _only(values: Sequence[str], name: str) -> str:

@@ -45,12 +45,15 @@ class HostConnection:
     """Read the commands of one host and write its events. *greeting* is how it introduced itself.
 
     Small events for hosts of this package may share a message as a list. ``host`` is the
-    owner of its runs, which is somebody else's to set; ``on_idle`` is called whenever
-    everything queued has been written.
+    owner of its runs, which is somebody else's to set, as are its ``key`` id and ``since``
+    when it is served; ``on_idle`` is called whenever everything queued has been written.
     """
 
     def __init__(self, socket: ServerConnection, greeting: Greeting, counters: Counter[str]) -> None:
         self.host: Any = None
+        self.key = ""
+        self.since = 0.0
+        self.received_bytes = self.sent_bytes = 0  # of messages; what TLS and frames add is not counted
         self.greeting = greeting
         self.on_idle: Callable[[], None] | None = None
         self._socket = socket
@@ -77,6 +80,7 @@ class HostConnection:
                     self._parked_bytes -= len(message)
                 else:
                     message = await self._socket.recv(decode=False)
+                self.received_bytes += len(message)
                 try:
                     command = None if self._closing else read(message)
                 except InvalidMessage as exc:
@@ -157,6 +161,14 @@ class HostConnection:
         _wake(self._idle_writer)
 
     @property
+    def peer(self) -> str:
+        """Return the address and the port of the host, "" once they are not known any more."""
+        address = self._socket.remote_address
+        if not isinstance(address, tuple):
+            return ""
+        return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+
+    @property
     def is_idle(self) -> bool:
         """Tell whether everything that was to be sent is written."""
         return self._idle_writer is not None and not self._idle_writer.done() and not self._queue
@@ -220,6 +232,7 @@ class HostConnection:
                     message = following()
                     if message:
                         await self._socket.send(_whole_or_pieces(message), text=True)
+                        self.sent_bytes += len(message)
                     del message
                     if self._queue.bytes <= _MAX_WAITING:
                         _wake(self._full_reader)

@@ -41,6 +41,7 @@ from .kept import Kept
 from .outbox import Outbox
 from .runs import BeatSchedule, Run, RunState, Stopped
 from .shelf import Shelf
+from .statistics import Statistics
 
 __all__ = ["Dispatcher"]
 
@@ -81,6 +82,7 @@ class Dispatcher:
         self._beat_alarm = Alarm(loop, self._beats.next_at, self._beat)
         self._away_alarm = Alarm(loop, self._table.next_at, self._end_absences)
         self._connections: set[HostConnection] = set()
+        self.statistics = Statistics(loop.time())
         self._drain_until: float | None = None  # set once it begins; it never ends
         self._settled: Callable[[], bool] | None = None  # what a drain waits for
         self._wake_drain: asyncio.Future[None] | None = None
@@ -103,7 +105,7 @@ class Dispatcher:
             await connection.close(1001)
             return
         host, before, stopped = self._table.enter(key, connection.greeting, connection, self._loop.time())
-        connection.host = host
+        connection.host, connection.key, connection.since = host, key, self._loop.time()
         self._connections.add(connection)
         if before is not None:
             self._counters["takeover"] += 1
@@ -115,6 +117,7 @@ class Dispatcher:
             await connection.serve(self._obey, self._gone)
         finally:
             self._connections.discard(connection)
+            self.statistics.left(connection.received_bytes, connection.sent_bytes)
 
     def _gone(self, connection: HostConnection) -> None:
         """Note that *connection* brings and takes nothing more. Calling it again is harmless."""
@@ -146,6 +149,7 @@ class Dispatcher:
         run = host.runs.accept(command, host)
         assert run is not None
         run.job = Job(command, functools.partial(self._outbox.post, run), host.connection.greeting.limit)
+        self.statistics.accepted(run, self._loop.time())
         self._expect_beats(run)
         self._outbox.look_soon()
         try:
@@ -252,8 +256,10 @@ class Dispatcher:
         """Take what a job reports of *run*: "started", "log" or "ended"."""
         owner = run.owner
         if kind == "started":
-            if owner.runs.started(run) and _is_heard(run):
-                owner.connection.send(event)
+            if owner.runs.started(run):
+                self.statistics.started(run, self._loop.time())
+                if _is_heard(run):
+                    owner.connection.send(event)
         elif kind == "ended":
             if owner.runs.ended(run):
                 self._end(run, event)
@@ -265,7 +271,9 @@ class Dispatcher:
 
     def _end(self, run: Run, event: bytes) -> None:
         """Keep the terminal event of a run that has just ended, and tell its host."""
-        run.owner.keep(run, event, self._loop.time())
+        now = self._loop.time()
+        self.statistics.ended(run, event, now)
+        run.owner.keep(run, event, now)
         if run.owner.connection is None:
             self._table.make_room()
         if isinstance(run.owner, Shelf):
@@ -309,9 +317,25 @@ class Dispatcher:
     def _stop_jobs(self, runs: Iterable[Run]) -> None:
         """Stop what executes runs that have ended for everybody else."""
         for run in runs:
+            self.statistics.ended(run, None, self._loop.time())
             run.job.abandoned = True
             self._engine.cancel(run.job)
             run.job = None
+
+    # What is shown
+
+    @property
+    def refusal(self) -> str:
+        """Return why no new run would be taken now, "" if one would."""
+        return "" if self._drain_until is None else "draining"
+
+    def connections(self) -> list[HostConnection]:
+        """Return the connections of hosts that are here, the oldest first."""
+        return sorted(self._connections, key=lambda connection: connection.since)
+
+    def kept_bytes(self) -> int:
+        """Return what the ends of runs take that have not arrived."""
+        return self._table.kept_bytes()
 
     # The end
 

@@ -65,6 +65,10 @@ class HostTable:
         """Tell whether there is such a run."""
         return any(len(owner.runs) for owner in self._owners())
 
+    def kept_bytes(self) -> int:
+        """Return what the kept ends of all hosts and shelves take, in bytes."""
+        return sum(owner.kept.size for owner in self._owners() if owner.kept is not None)
+
     def _owners(self) -> Iterator[Host | Shelf]:
         yield from self._present
         yield from self._away.values()

@@ -69,6 +69,11 @@ class KeptEvents:
         yield from self._stubs
         yield from self._whole
 
+    @property
+    def size(self) -> int:
+        """Return how many bytes that takes."""
+        return self._bytes
+
     def book(self, account: Account | None) -> None:
         """Have *account* count what is kept here, in place of the one that does so far."""
         if self._account is not None:

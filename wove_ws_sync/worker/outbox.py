@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import time
 from collections.abc import Callable
 
 from .runs import Run
@@ -40,6 +41,8 @@ class Outbox:
 
     def post(self, run: Run, kind: str, event: bytes) -> None:
         """Queue what happened to *run*. Any thread, never blocks."""
+        if kind == "started":
+            run.began_at = time.monotonic()  # the loop's clock; the loop itself may look much later
         self._items.append((run, kind, event))
         # The drain clears the flags before it looks, so what is appended is seen or wakes it again.
         if not self._awake and not (self._looking and kind == "started"):

@@ -49,7 +49,8 @@ class Run:
     """One accepted run. ``job`` is what executes it; ``owner`` is the host that gets its events.
 
     ``origin`` names the host that let go of it, if one did; ``acknowledged`` says that its
-    terminal event has arrived.
+    terminal event has arrived; ``began_at`` is when its task began, None until then, and
+    ``record`` is of the Statistics until it ends.
     """
 
     __slots__ = (
@@ -57,11 +58,13 @@ class Run:
         "beat_interval",
         "beat_queued",
         "beat_serial",
+        "began_at",
         "cancel_mode",
         "job",
         "origin",
         "orphan_policy",
         "owner",
+        "record",
         "run_id",
         "state",
         "task_id",
@@ -77,6 +80,8 @@ class Run:
         self.origin: tuple[str, str] | None = None
         self.beat_serial = -1  # of its one valid place in a BeatSchedule
         self.job: Any = None
+        self.record: Any = None
+        self.began_at: float | None = None
         self.state = RunState.QUEUED
         self.acknowledged = False
         self.beat_queued = False  # a heartbeat waits to be sent; another would say nothing new

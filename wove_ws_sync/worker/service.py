@@ -14,6 +14,7 @@ import secrets
 import socket
 import ssl
 from collections import Counter
+from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any
 
@@ -23,11 +24,14 @@ from websockets.http11 import Request, Response
 from .. import payloads
 from ..security import is_local_host
 from . import logs
+from .access import ReaderRule
 from .auth import MIN_SECRET_BYTES, Authenticator, check_listening, is_foreign_page
 from .connection import CLOSE_TIMEOUT, HostConnection
 from .dispatcher import Dispatcher
 from .engines import Engine, make_engine
 from .greeting import SMALLEST_LIMIT, Greeting
+from .pages import Pages
+from .status import StatusView
 
 __all__ = ["WorkerService"]
 
@@ -97,6 +101,7 @@ class WorkerService:
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
         self._dispatcher: Dispatcher | None = None
+        self._pages: Pages | None = None
         self._ended = asyncio.Event()
         self._is_draining = False
         self._id = ""
@@ -141,6 +146,7 @@ class WorkerService:
         logs.install()
         self._warn()
         _logger.info("Listening on %s with %d %s.", self.url, self._engine.workers, self._engine.name)
+        _logger.info("Its status page is %s.", f"http{self.url[2:].removesuffix(self._path)}/")
 
     async def _listen(self) -> Server:
         server = await serve(
@@ -167,7 +173,17 @@ class WorkerService:
             await server.wait_closed()
             raise ValueError(f"{self._host!r} is {strange[0]} on this machine; listen on 127.0.0.1.")
         self._port = addresses[0][1]
+        self._pages = self._make_pages(local=not strange)
         return server
+
+    def _release_pages(self) -> None:
+        if self._pages is not None:
+            self._pages.release()
+
+    def _make_pages(self, *, local: bool) -> Pages:
+        assert self._dispatcher is not None
+        view = StatusView(asyncio.get_running_loop(), self._dispatcher, self._engine, self.counters)
+        return Pages(view, ReaderRule(self._auth, local=local, tls=self._ssl_context is not None))
 
     def _warn(self) -> None:
         if self._auth.mode == "none":
@@ -201,6 +217,7 @@ class WorkerService:
             raise RuntimeError("A WorkerService can be drained once, after its start.")
         self._is_draining = True
         self._server.close(close_connections=False)
+        self._release_pages()
         _logger.info("Draining for up to %g s: %d runs of %d hosts.", timeout, *self._dispatcher.counts())
         given_up = await self._dispatcher.drain(timeout)
         _logger.info("Drained: %d runs were given up.", given_up)
@@ -218,6 +235,7 @@ class WorkerService:
             return await asyncio.to_thread(self._engine.close, timeout)
         try:
             server.close(close_connections=False)  # those in their handshake are refused by it
+            self._release_pages()
             await self._dispatcher.close()
             # A peer in the middle of its handshake is not waited for.
             with contextlib.suppress(TimeoutError):
@@ -229,8 +247,10 @@ class WorkerService:
         _logger.info("Stopped.")
         return clean
 
-    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Refuse who may not connect, before a byte of any frame is looked at."""
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | Awaitable[Response] | None:
+        """Refuse who may not connect, before a byte of any frame is looked at; answer plain HTTP."""
+        if self._pages is not None and self._pages.serves(request):
+            return self._pages.answer(connection, request)
         peer = _peer(connection)
         if request.path.partition("?")[0] != self._path:
             self.counters["wrong_path"] += 1

@@ -32,8 +32,8 @@ class Shelf:
 
     def __init__(self, counters: Counter[str], account: Account) -> None:
         self.runs = RunTable()
-        self._kept = KeptEvents(MAX_KEPT_BYTES, counters, max_count=_MAX_KEPT)
-        self._kept.book(account)
+        self.kept = KeptEvents(MAX_KEPT_BYTES, counters, max_count=_MAX_KEPT)
+        self.kept.book(account)
 
     def put(self, run: Run, origin: Identity) -> list[Run]:
         """Take a live run from *origin*; return the runs whose place it takes, which are to be stopped."""
@@ -50,7 +50,7 @@ class Shelf:
         return displaced
 
     def _clear_place(self, run_id: str) -> list[Run]:
-        self._kept.pop(run_id)
+        self.kept.pop(run_id)
         displaced = self.runs.get(run_id)
         if displaced is None:
             return []
@@ -59,30 +59,30 @@ class Shelf:
 
     def keep(self, run: Run, event: bytes, now: float) -> None:
         """Keep the terminal event of a run that has ended here."""
-        self._kept.put(run, event, now)
+        self.kept.put(run, event, now)
 
     def take(self, run_id: str, origin: Identity | None = None) -> Run | Kept | None:
         """Give away a run, or its end, if it is here (and was put here by *origin*)."""
         run = self.runs.get(run_id)
-        kept = None if run is not None else self._kept.get(run_id)
+        kept = None if run is not None else self.kept.get(run_id)
         found = run or (kept and kept.run)
         if found is None or (origin is not None and found.origin != origin):
             return None
         if run is not None:
             self.runs.remove(run)
         else:
-            self._kept.pop(run_id)
+            self.kept.pop(run_id)
         return run or kept
 
     def make_room(self) -> bool:
         """Drop the oldest event but the newest; return whether there was one."""
-        return self._kept.shrink()
+        return self.kept.shrink()
 
     def next_at(self) -> float | None:
         """Return the moment at which the next kept event expires, None if there is none."""
-        first = self._kept.first_since()
+        first = self.kept.first_since()
         return None if first is None else first + KEEP_SECONDS
 
     def expire(self, now: float) -> int:
         """Drop what was kept long enough; return how much that was."""
-        return self._kept.drop_before(now - KEEP_SECONDS)
+        return self.kept.drop_before(now - KEEP_SECONDS)
