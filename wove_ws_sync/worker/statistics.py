@@ -234,11 +234,11 @@ class Statistics:
                 bins[number].add(each)
         return bins
 
-    def over_last(self, now: float, seconds: int) -> Bin:
-        """Return what happened within the last whole *seconds*."""
+    def over_last(self, now: float, seconds: int, *, whole: bool = True) -> Bin:
+        """Return what happened within the last *seconds*, with the one that is not over unless *whole*."""
         total = Bin(int(now) - seconds)
         for each in self._since(total.second):
-            if each.second < int(now):
+            if each.second < int(now) or not whole:
                 total.add(each)
         return total
 

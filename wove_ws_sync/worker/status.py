@@ -117,7 +117,7 @@ class StatusView:
         ]
         last_seconds = min(_RATE_SECONDS, max(1, int(now) - int(self.statistics.since)))
         rate = sum(self.statistics.over_last(now, last_seconds).ends.values()) / last_seconds
-        times = self.statistics.over_last(now, _TIMES_SECONDS).times
+        times = self.statistics.over_last(now, _TIMES_SECONDS, whole=False).times
         return {
             "rate": rate,
             "p50": quantile(times, 0.5),
