@@ -102,6 +102,18 @@ def test_every_counter_is_documented() -> None:
     assert set(_table("reference/stats.md")) == counted | {f"dropped_{reason}" for reason in reasons} | now
 
 
+def test_every_metric_is_documented() -> None:
+    """howto/watch-a-worker has every metric with its type, and none that is not told."""
+    source = (PACKAGE / "worker" / "metrics.py").read_text(encoding="utf-8")
+    told = {
+        f"{name}_total" for name in re.findall(r"\b(?:counter|CounterMetricFamily)\(\s*\"(\w+)\"", source)
+    }
+    told |= set(re.findall(r"\b(?:Gauge|_family)\(\s*\"(\w+)\"", source))
+    told |= {f"{name}_info" for name in re.findall(r"InfoMetricFamily\(\s*\"(\w+)\"", source)}
+    assert len(told) == 17
+    assert {name for name in _table("howto/watch-a-worker.md") if name.startswith("wove_")} == told
+
+
 def test_every_fault_of_the_failure_modes_has_its_test() -> None:
     """Each id that topics/failure-modes names is in the name of a test."""
     page = (DOCS / "topics/failure-modes.md").read_text(encoding="utf-8")
