@@ -77,7 +77,7 @@ class Pages:
 
     def answer(self, connection: ServerConnection, request: Request) -> Response | Awaitable[Response]:
         """Return the answer. Nothing in it is meant for another site, nor to be kept."""
-        method = getattr(request, "method", "GET")  # websockets before 16 reads no other
+        method = getattr(request, "method", "GET")  # older versions of websockets read no other
         path, _, query = request.path.partition("?")
         if method not in ("GET", "HEAD"):
             return _response(connection, 405, _TEXT, b"405 Method Not Allowed\n", Allow="GET, HEAD")
