@@ -18,6 +18,7 @@ __all__ = [
     "busy",
     "ends_itself",
     "fails",
+    "forks",
     "hold_interpreter",
     "hold_until",
     "logs_and_returns",
@@ -25,6 +26,7 @@ __all__ = [
     "make_nothing",
     "make_processes",
     "meet",
+    "returns_twice",
     "slow_square",
     "square",
     "square_later",
@@ -60,6 +62,26 @@ def busy(marker: str) -> None:
     Path(marker).write_text(str(os.getpid()), "ascii")
     while True:
         pass
+
+
+def forks(marker: str, code: int | None) -> None:
+    """Start a process that sleeps for long; then end this one with *code*, or compute for ever."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(600)
+        os._exit(0)
+    scratch = Path(f"{marker}.new")
+    scratch.write_text(f"{os.getpid()} {pid}", "ascii")
+    scratch.rename(marker)
+    if code is not None:
+        os._exit(code)
+    while True:
+        pass
+
+
+def returns_twice() -> int:
+    """Return here and in a forked process."""
+    return os.fork()
 
 
 def ends_itself(code: int) -> None:

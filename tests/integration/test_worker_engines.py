@@ -19,10 +19,12 @@ from engine_tasks import (
     busy,
     ends_itself,
     fails,
+    forks,
     hold_interpreter,
     hold_until,
     logs_and_returns,
     meet,
+    returns_twice,
     slow_square,
     square,
     square_later,
@@ -172,6 +174,34 @@ def test_cancelling_an_endless_task_frees_its_slot(
         assert pool.submit(square, 3).result(WAIT) == 9
         pids = [int(marker.read_text("ascii")) for marker in markers]
         until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_a_task_forks_does_not_keep_its_run_alive(
+    processes: LoopbackWorker, tmp_path: Path, code: int
+) -> None:
+    """The process of the task is gone, and that counts, whoever else has its descriptors."""
+    marker = tmp_path / "marker"
+    with pool_of(processes) as pool:
+        error = pool.submit(forks, str(marker), code).exception(WAIT)
+        assert isinstance(error, EnvironmentExecutionError) and error.payload["kind"] == "WorkerProcessDied"
+        os.kill(int(marker.read_text("ascii").split()[1]), signal.SIGKILL)
+
+
+def test_a_cancelled_task_takes_along_what_it_forked(processes: LoopbackWorker, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    with pool_of(processes, delivery_cancel_mode="require_ack") as pool:
+        endless = pool.submit(forks, str(marker), None)
+        until(marker.exists)
+        assert endless.cancel()
+        pids = [int(pid) for pid in marker.read_text("ascii").split()]
+        until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def test_a_task_that_returns_in_two_processes_has_one_result(processes: LoopbackWorker) -> None:
+    with pool_of(processes) as pool:
+        assert pool.submit(returns_twice).result(WAIT) > 0
+        assert list(pool.map(square, range(20))) == [number * number for number in range(20)]
 
 
 def is_alive(pid: int) -> bool:

@@ -31,7 +31,10 @@ def serve(address: Any, key: bytes, number: int, level: int, formatter: logging.
     # A signal to the whole process group is for the service to obey, which ends its processes itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()  # what a task starts ends with it
     connection = Client(address, authkey=key)
+    # A process that a task forks must not keep the connection open: its end says that this one is gone.
+    os.register_at_fork(after_in_child=connection.close)
     connection.send((number, os.getpid()))
     _log(level, formatter)
     logs.install()
@@ -50,7 +53,7 @@ def serve(address: Any, key: bytes, number: int, level: int, formatter: logging.
         try:
             execute(job)
         except OSError:  # of the connection: the service is gone
-            os._exit(1)
+            os._exit(1)  # also that of a process which the task forked
 
 
 def _next(jobs: SimpleQueue[tuple[RunTask, int]], report: Report) -> Job:
@@ -60,12 +63,12 @@ def _next(jobs: SimpleQueue[tuple[RunTask, int]], report: Report) -> Job:
 
 
 def _receive(connection: Connection, jobs: SimpleQueue[tuple[RunTask, int]]) -> None:
-    """Pass on what the service sends; end the process with it, whatever a task does at that moment."""
+    """Pass on what the service sends; end this process with it, and what its task has started."""
     try:
         while True:
             jobs.put(connection.recv())
-    except BaseException:
-        os._exit(1)
+    finally:
+        os.killpg(0, signal.SIGKILL)
 
 
 def _log(level: int, formatter: logging.Formatter | None) -> None:

@@ -290,7 +290,7 @@ class _Slot:
         child, self.child = self.child, None
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL)
+                os.killpg(child.pid, signal.SIGKILL)  # and what its task has started
 
     def run(self) -> None:
         """Execute jobs until the engine is closed."""
