@@ -22,8 +22,10 @@ from typing import Any
 import cloudpickle
 import pytest
 import trustme
-from raw_host import RawHost, occupy, pickled
+from raw_host import RawHost, occupy, pickled, wait_until
 from service_thread import ServiceThread
+
+from wove_ws_sync.worker import pages
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -282,13 +284,20 @@ def test_a_lost_worker_is_said_and_found_again(browser: Any) -> None:
             page.context.close()
 
 
-def test_a_drain_is_said(browser: Any, service: ServiceThread, gate: Path) -> None:
-    """The page knows of it before the service can be asked no more."""
+def test_a_drain_is_said(
+    browser: Any, service: ServiceThread, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is held when it begins is answered; later the service can be asked no more."""
+    monkeypatch.setattr(pages, "_HOLD", 8.0)  # less than the page waits
     with opened(browser, service.home) as page, RawHost(service) as host:
         host.run(occupy(str(gate)))
         host.wait("r", "task_started")
         expect(page["#running"]).to_have_text("1")
-        page.page.wait_for_event("request", predicate=lambda request: "?hold" in request.url)
+        server = service.service._server
+        assert server is not None
+        while not any("?hold" in url for url in page.requests):
+            page.page.wait_for_timeout(20)  # which hears of requests
+        wait_until(lambda: len(server.handler_tasks) == 2)  # of the host, and of the page
         drained = service.drain()
         expect(page["#state"]).to_contain_text("Draining")
         expect(page["#notice"]).to_contain_text("The worker drains")
