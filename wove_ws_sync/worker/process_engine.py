@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Client, Connection, Listener
 from queue import SimpleQueue
@@ -79,14 +80,14 @@ class ProcessEngine:
         """See Engine. Blocks until the first process is there."""
         self._add_pool()
         self._listener = Listener(backlog=self.workers + 8, authkey=self._key)
-        self._start_thread("accept", self._accept)
+        self._start_thread(f"wove-ws-accept-{next(_numbers)}", self._accept)
         for slot in self._slots:
-            self._start_thread("slot", slot.run)
+            self._start_thread(f"wove-ws-slot-{next(_numbers)}", slot.run)
         if not self._is_up.wait(_START_TIMEOUT):
             raise EngineError(self._failure or f"No process of the engine was ready in {_START_TIMEOUT:g} s.")
 
-    def _start_thread(self, role: str, target: Any) -> None:
-        thread = threading.Thread(target=target, name=f"wove-ws-{role}-{next(_numbers)}", daemon=True)
+    def _start_thread(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
 
@@ -125,7 +126,7 @@ class ProcessEngine:
             with contextlib.suppress(Exception):  # what waits in accept() has to be woken
                 Client(self._listener.address, authkey=self._key).close()
             self._listener.close()
-        self._start_thread("closer", self._end_pools)
+        self._start_thread(f"wove-ws-closer-{next(_numbers)}", self._end_pools)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
