@@ -9,17 +9,24 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import ssl
 import sys
 import threading
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ._worker_log import log_to_stderr
+from ._worker_reload import serve_and_reload
+from ._worker_settings import SETTINGS, SettingError, Settings, add_flags, settle
+
+if TYPE_CHECKING:
+    from ..worker.service import WorkerService
 
 __all__ = ["register"]
 
-_LEVELS = ("debug", "info", "warning", "error")
+# Exit codes.
+_FAILURE, _USAGE, _ADDRESS, _SECRET, _CERTIFICATE, _ENGINE = 1, 2, 3, 4, 5, 6
 #: Threads that are still busy get this long, in seconds, before the process ends without them.
 _EXIT_TIMEOUT = 1.0
 #: How long, in seconds, a thread that computes in Python keeps the others waiting. A fifth of the
@@ -34,82 +41,65 @@ def register(subparsers: Any) -> None:
         help="run a worker service",
         description="Run tasks for hosts. Prints its URL as the one line on stdout when it is ready. "
         "SIGTERM lets it finish what runs; Ctrl-C, or a second SIGTERM, stops it at once.",
+        epilog="Each option may also be set by the environment (--max-kept-bytes by "
+        "WOVE_WS_WORKER_MAX_KEPT_BYTES) or by a line of the file of --config (max_kept_bytes = 1000000); "
+        "what comes first of these counts. Exit codes: 0 it was stopped, 1 it failed, 2 an option is wrong, "
+        "3 the port cannot be had, 4 the secret is missing, 5 the certificate files cannot be used, "
+        "6 the engine cannot be had.",
     )
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=_port, default=8765, help="0 takes a free one (default: %(default)s)")
-    add("--path", default="/wove", help="path of the URL (default: %(default)s)")
-    add("--security", metavar="env:VARIABLE", help="environment variable that holds the shared secret")
-    add("--engine", type=_engine, default="threads", metavar="ENGINE",
-        help="what runs the tasks: threads (the default), processes, dask:ADDRESS, or module:factory "
-        "for a function that returns a concurrent.futures.Executor")  # fmt: skip
-    add("--workers", type=_positive, metavar="N",
-        help="tasks at once (default: CPUs + 4, at most 32; processes: CPUs; others: theirs)")  # fmt: skip
-    add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
-        help="largest message accepted from a host (default: 256 MiB)")  # fmt: skip
-    add("--max-kept-bytes", type=_positive, default=512 * 1024 * 1024, metavar="BYTES",
-        help="what results may take that have not arrived, for each host (default: 512 MiB)")  # fmt: skip
-    add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
-    add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
-    add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
-    add("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",
-        help="how long runs may take to end after SIGTERM (default: %(default)s)")  # fmt: skip
-    add("--insecure", action="store_true", help="allow other machines without TLS and security")
-    add("--log-level", choices=_LEVELS, default="info", help="what goes to stderr (default: %(default)s)")
-    add(
-        "--until-stdin-closes",
-        action="store_true",
-        help="stop at once when stdin ends, as it does with its parent",
-    )
+    parser.add_argument("--config", metavar="FILE", help="settings as TOML (also WOVE_WS_WORKER_CONFIG)")
+    parser.add_argument("--print-config", action="store_true", help="print every setting and its source")
+    add_flags(parser)
     parser.set_defaults(run=_run)
 
 
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{port} is not from 0 to 65535")
-    return port
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
-    return seconds
-
-
-def _engine(text: str) -> str:
-    from ..worker.engines import check_engine
-
-    try:
-        return check_engine(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from None
-
-
 def _run(options: argparse.Namespace) -> int:
-    _log_to_stderr(options.log_level.upper())
+    given = vars(options)
+    try:
+        settings = settle(given, os.environ, options.config or os.environ.get("WOVE_WS_WORKER_CONFIG"))
+    except SettingError as exc:
+        return _fail(str(exc), _USAGE)
+    for variable in settings.unknown:
+        _say(f"the environment variable {variable} is none of its settings and has no effect")
+    if options.print_config:
+        print(settings.as_toml(), end="")
+        return 0
+    if settings.reload:
+        return _reload(options, settings)
+    return _work(settings)
+
+
+def _reload(options: argparse.Namespace, settings: Settings) -> int:
+    arguments = [] if options.config is None else ["--config", options.config]
+    for setting in SETTINGS:
+        value = vars(options).get(setting.name)
+        if setting.name not in ("reload", "reload_dir") and value is not None:
+            arguments += [setting.flag] if value is True else [setting.flag, str(value)]
+    try:
+        return serve_and_reload(arguments, settings.reload_dir or [os.getcwd()], _say)
+    except ModuleNotFoundError as exc:
+        if exc.name != "watchfiles":
+            raise
+        install = 'pip install "wove_ws_sync[reload]"'
+        return _fail(f"--reload needs the package 'watchfiles', which is not installed: {install}", _FAILURE)
+
+
+def _work(settings: Settings) -> int:
+    log_to_stderr(settings.log_level, settings.log_format)
     sys.setswitchinterval(_SWITCH_INTERVAL)
     if os.getcwd() not in sys.path:  # last: nothing that is installed is hidden by a file that lies there
         sys.path.append(os.getcwd())
-    if (options.tls_cert is None) != (options.tls_key is None):
-        return _fail("--tls-cert and --tls-key go together.", 2)
-    if options.tls_client_ca is not None and options.tls_cert is None:
-        return _fail("--tls-client-ca needs --tls-cert and --tls-key.", 2)
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        return _fail("--tls-cert and --tls-key go together.", _USAGE)
+    if settings.tls_client_ca is not None and settings.tls_cert is None:
+        return _fail("--tls-client-ca needs --tls-cert and --tls-key.", _USAGE)
     try:
-        context = _ssl_context(options)
+        context = _ssl_context(settings)
     except (OSError, ssl.SSLError) as exc:
-        files = [options.tls_cert, options.tls_key, options.tls_client_ca]
+        files = [settings.tls_cert, settings.tls_key, settings.tls_client_ca]
         named = ", ".join(str(file) for file in files if file is not None)
-        return _fail(f"the certificate files {named} cannot be used: {_reason(exc)}.", 1)
-    code, clean = asyncio.run(_serve(options, context))
+        return _fail(f"the certificate files {named} cannot be used: {_reason(exc)}.", _CERTIFICATE)
+    code, clean = asyncio.run(_serve(settings, context))
     if not clean or not _threads_ended():
         _leave_now(code)
     return code
@@ -131,51 +121,39 @@ def _leave_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _log_to_stderr(level: str) -> None:
-    """Give the service a handler apart from that of the tasks, whose records run user code in its lock."""
-    own = logging.getLogger("wove_ws_sync")
-    for logger in (logging.getLogger(), own):
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(level)
-    own.propagate = False
-
-
-async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) -> tuple[int, bool]:
+async def _serve(settings: Settings, context: ssl.SSLContext | None) -> tuple[int, bool]:
     """Serve until a signal; return the exit code and whether nothing is left running."""
-    from ..worker.service import WorkerService
+    from ..worker.engines import EngineError
 
     orders = _Orders(asyncio.get_running_loop())
     orders.watch_signals()
     try:
-        service = WorkerService(
-            host=options.host,
-            port=options.port,
-            path=options.path,
-            security=options.security,
-            engine=options.engine,
-            workers=options.workers,
-            ssl_context=context,
-            max_message_bytes=options.max_message_bytes,
-            max_kept_bytes=options.max_kept_bytes,
-            insecure=options.insecure,
-        )
-        await service.start()
+        service = _make_service(settings, context)
+    except EngineError as exc:
+        return _fail(str(exc), _ENGINE), True
     except (ValueError, TypeError) as exc:
-        return _fail(str(exc), 2), True
+        return _fail(str(exc), _USAGE), True
+    except RuntimeError as exc:  # the variable of the secret is not set
+        return _fail(str(exc), _SECRET), True
+    try:
+        await service.start()
+    except EngineError as exc:
+        return _fail(str(exc), _ENGINE), True
+    except ValueError as exc:
+        return _fail(str(exc), _USAGE), True
     except OSError as exc:
-        where = f"{options.host}:{options.port}"
-        return _fail(f"cannot listen on {where}: {_reason(exc)}. Choose another --port or --host.", 1), True
+        where = f"{settings.host}:{settings.port}"
+        text = f"cannot listen on {where}: {_reason(exc)}. Choose another --port or --host."
+        return _fail(text, _ADDRESS), True
     except RuntimeError as exc:
-        return _fail(str(exc), 1), True
+        return _fail(str(exc), _FAILURE), True
     print(service.url, flush=True)
-    if options.until_stdin_closes:
+    if settings.until_stdin_closes:
         orders.watch_stdin()
     await orders.anything.wait()
     if orders.stop.is_set():
         return 0, await service.stop(_EXIT_TIMEOUT)
-    drain = asyncio.create_task(service.drain(options.drain_timeout))
+    drain = asyncio.create_task(service.drain(settings.drain_timeout))
     stopped = asyncio.create_task(orders.stop.wait())
     await asyncio.wait([drain, stopped], return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -186,9 +164,30 @@ async def _serve(options: argparse.Namespace, context: ssl.SSLContext | None) ->
     return 0, await service.stop(_EXIT_TIMEOUT)
 
 
+def _make_service(settings: Settings, context: ssl.SSLContext | None) -> WorkerService:
+    from ..worker.service import WorkerService
+
+    return WorkerService(
+        host=settings.host,
+        port=settings.port,
+        path=settings.path,
+        security=settings.security,
+        engine=settings.engine,
+        workers=settings.workers,
+        ssl_context=context,
+        max_message_bytes=settings.max_message_bytes,
+        max_kept_bytes=settings.max_kept_bytes,
+        insecure=settings.insecure,
+    )
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"wove-ws-sync worker: {message}", file=sys.stderr)
+    _say(message)
     return code
+
+
+def _say(message: str) -> None:
+    print(f"wove-ws-sync worker: {message}", file=sys.stderr)
 
 
 def _reason(exc: OSError) -> str:
@@ -196,15 +195,15 @@ def _reason(exc: OSError) -> str:
     return f"{text} ({exc.filename})" if exc.filename else text
 
 
-def _ssl_context(options: argparse.Namespace) -> ssl.SSLContext | None:
-    if options.tls_cert is None:
+def _ssl_context(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A key with a passphrase must fail and not ask the terminal of a service.
-    context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
-    if options.tls_client_ca is not None:
-        context.load_verify_locations(options.tls_client_ca)
+    context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: b"")
+    if settings.tls_client_ca is not None:
+        context.load_verify_locations(settings.tls_client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
