@@ -37,7 +37,7 @@ class Outcome:
     """What came of the runs of one schedule: numbers by kind, and what the ledger says."""
 
     results: int
-    losses: int
+    losses: list[str]
     wrong: list[str]
     ends: Counter[str]
     executed: Counter[str]
@@ -47,10 +47,10 @@ class Outcome:
     def check(self, policy: str, runs: int, *, alive: bool) -> None:
         """Assert the promises of *policy*; *alive* says that no worker died."""
         assert self.wrong == []
-        assert self.results + self.losses == runs
+        assert self.results + len(self.losses) == runs
         assert set(self.ends.values()) == {1} and len(self.ends) == runs
         if alive or policy == "requeue":
-            assert self.losses == 0, self
+            assert self.losses == [], self.stats
         if alive:
             assert set(self.executed.values()) == {1} and len(self.executed) == runs
         for run, count in self.executed.items():
@@ -117,19 +117,21 @@ class _Crowd:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.ended) >= count, WAIT), "the runs stand still"
 
-    def collect(self) -> tuple[int, int, list[str]]:
-        """Return how many runs brought their own result, how many were lost, and what is wrong."""
+    def collect(self) -> tuple[int, list[str], list[str]]:
+        """Return how many runs brought their own result, what was lost, and what is wrong."""
         for thread in self._threads:
             thread.join(WAIT)
-        results, losses, wrong = 0, 0, []
+        results, losses, wrong = 0, [], []
         for number, future in sorted(self._futures.items()):
             try:
                 answer = future.result(WAIT)[0]
                 results += 1
                 if answer != number:
                     wrong.append(f"run {number} got the result of {answer}")
-            except ConnectionLost:
-                losses += 1
+            except ConnectionLost as exc:
+                losses.append(
+                    f"run {number}: {exc} (attempt {exc.attempt}, {exc.maybe_executed}: {exc.reason})"
+                )
             except Exception as exc:
                 wrong.append(f"run {number}: {exc!r}")
         self.wait(len(self._futures))
