@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 import threading
 from collections import Counter
@@ -114,16 +115,41 @@ def test_results_of_runs_that_were_there_already_are_bounded(
     assert set(kinds.values()) == {None, "ResultDropped"}
 
 
+class OneWriter:
+    """A socket on which a test sends frames of its own: a pong of the library must not come in between.
+
+    It is left out then, as it could not be sent before the worker reads on, nor anything be read.
+    """
+
+    def __init__(self, wrapped: socket.socket) -> None:
+        self._wrapped = wrapped
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+    def send_whole(self, frame: bytes) -> None:
+        with self._lock:
+            self._wrapped.sendall(frame)
+
+    def sendall(self, data: bytes) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._wrapped.sendall(data)
+            finally:
+                self._lock.release()
+
+
 def test_answers_for_a_host_that_does_not_read_are_bounded(worker: LoopbackWorker) -> None:
     """When 8 MiB of them wait no further command is read; once they are read, all is answered."""
-    ids = [f"{number:020d}" for number in range(90_000)]
+    ids = [f"{number:020d}" for number in range(20_000)]
     message = json.dumps({"type": "resume", "run_ids": ids, "more": True}).encode()
     # websockets cannot send and receive at once, so the frames are made by hand, masked with zeros.
     frame = b"\x81\xff" + len(message).to_bytes(8, "big") + bytes(4) + message
-    before, count = resident(worker), 60
-    with slow_host(worker, extensions=EVERYTHING, name="a" * 32) as host:
-        send = host.socket.socket.sendall
-        sender = threading.Thread(target=lambda: [send(frame) for _ in range(count)])
+    before, count = resident(worker), 200
+    with slow_host(worker, extensions=EVERYTHING, name="a" * 32, ping_interval=None) as host:
+        writer = host.socket.socket = OneWriter(host.socket.socket)
+        sender = threading.Thread(target=lambda: [writer.send_whole(frame) for _ in range(count)])
         sender.start()
         peak, settled = 0, threading.Event()
         for _ in range(60):
@@ -131,7 +157,7 @@ def test_answers_for_a_host_that_does_not_read_are_bounded(worker: LoopbackWorke
             peak = max(peak, resident(worker) - before)
         answers = [host.notice("resume_state")["lost"] for _ in range(count)]
         sender.join(PATIENCE)
-    assert all(len(lost) == 90_000 for lost in answers)
+    assert all(len(lost) == 20_000 for lost in answers)
     assert peak < 80
 
 
