@@ -66,6 +66,8 @@ def play(seed: int, policy: str, runs: int, folder: Path, faults: tuple[str, ...
     ledger = folder / "ledger"
     ledger.mkdir()
     plan = [rng.choice(faults) for _ in range(count)]
+    while plan.count("cut up") > 3:  # a message inside which a fourth connection ends is given up
+        plan[plan.index("cut up")] = "cut down"
     moments = sorted(rng.randrange(runs) for _ in plan)
     with LoopbackWorker(workers=8) as worker, FaultProxy(worker.url, rng=rng) as proxy:
         pool = WebSocketExecutor(

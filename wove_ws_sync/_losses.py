@@ -102,8 +102,8 @@ class Losses:
 
     def _futile(self, run: Run) -> list[Effect]:
         """End a run whose message, or whose result, ends connection after connection."""
-        run.cuts += 1
-        if run.cuts <= _MAX_FUTILE or run.state is RunState.CANCELLING:
+        run.futile += 1
+        if run.futile <= _MAX_FUTILE or run.state is RunState.CANCELLING:
             return []
         return self._book.orphan(run, connection_lost(run, run.loss))
 

@@ -101,6 +101,7 @@ class Run:
     deadline: Deadline = Deadline()
     attempt: int = 1
     cuts: int = 0
+    futile: int = 0
     state: RunState = RunState.QUEUED
     generation: int | None = None
     receipt: Receipt | None = None

@@ -144,7 +144,7 @@ class RunTable:
         run.life = now
         run.answered = True
         if event["type"] not in TERMINAL_EVENTS:
-            run.cuts = 0
+            run.cuts = run.futile = 0
             if event["type"] == "task_started" and run.delivery.delivery_orphan_policy != "requeue":
                 self._book.forget_message(run)  # it will not be sent again, whatever comes
             if run.state is RunState.SENT and event["type"] != "log":

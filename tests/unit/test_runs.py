@@ -185,6 +185,19 @@ def test_f29_require_ack_waits_for_the_worker() -> None:
     assert ended["acknowledged"] is True
 
 
+def test_f44_runs_that_never_arrived_are_not_taken_for_what_ends_connections() -> None:
+    """Three times swallowed whole, then cut in the middle for the first time: it is sent again."""
+    runs = table()
+    run = on_its_way(runs, make_run())
+    for generation in range(1, 4):
+        runs.lost(generation, Loss(), 0.0, 10.0)
+        runs.resumed({"unknown": ["r"]}, 0.0, generation + 1)
+        receipt = Receipt(sent_at=0.0 if generation < 3 else None)
+        assert post(runs, receipt=receipt, generation=generation + 1) == ["r"]
+    assert runs.lost(4, Loss(), 0.0, 10.0) == [] and not run.terminal
+    assert post(runs, generation=5) == ["r"]
+
+
 def test_f29_require_ack_waits_for_no_answer_that_cannot_come() -> None:
     """What runs where nothing can be stopped is cancelled at once, unacknowledged; what is queued waits."""
     runs = table()
