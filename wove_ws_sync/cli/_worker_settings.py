@@ -160,6 +160,13 @@ SETTINGS: tuple[Setting, ...] = (
         _positive,
         "BYTES",
     ),
+    Setting(
+        "max_queue",
+        100_000,
+        "runs that may wait to begin, of all hosts (default: 100000)",
+        _positive,
+        "N",
+    ),
     Setting("tls_cert", None, "certificate chain (PEM); makes the URL wss://", str, "FILE"),
     Setting("tls_key", None, "private key of the certificate (PEM)", str, "FILE"),
     Setting("tls_client_ca", None, "accept only hosts with a certificate of this CA (PEM)", str, "FILE"),

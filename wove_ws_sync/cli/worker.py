@@ -177,6 +177,7 @@ def _make_service(settings: Settings, context: ssl.SSLContext | None) -> WorkerS
         ssl_context=context,
         max_message_bytes=settings.max_message_bytes,
         max_kept_bytes=settings.max_kept_bytes,
+        max_queue=settings.max_queue,
         insecure=settings.insecure,
     )
 

@@ -71,6 +71,7 @@ class Dispatcher:
         counters: Counter[str],
         *,
         max_kept_bytes: int,
+        max_queue: int,
     ) -> None:
         self._loop = loop
         self._engine = engine
@@ -78,6 +79,7 @@ class Dispatcher:
         self._outbox = Outbox(loop, self._happened)
         self._table = HostTable(counters, max_kept_bytes=max_kept_bytes)
         self._max_kept_bytes = max_kept_bytes
+        self._max_queue = max_queue
         self._beats = BeatSchedule()
         self._beat_alarm = Alarm(loop, self._beats.next_at, self._beat)
         self._away_alarm = Alarm(loop, self._table.next_at, self._end_absences)
@@ -142,9 +144,8 @@ class Dispatcher:
         if self._is_known(host, command.run_id):
             self._counters["duplicate_run"] += 1
             return
-        if self._drain_until is not None:
-            self._counters["refused_run"] += 1
-            host.connection.send(_stopping(command, started=False))
+        if self.refusal:
+            self._refuse(host, command)
             return
         run = host.runs.accept(command, host)
         assert run is not None
@@ -158,6 +159,14 @@ class Dispatcher:
             run.job.abandoned = True
             error = plain_error(type(exc).__name__, f"The worker cannot take the run: {exc}.", "executor")
             self._happened(run, "ended", error_event(run.run_id, run.task_id, {**error, "retryable": True}))
+
+    def _refuse(self, host: Host, command: RunTask) -> None:
+        if self._drain_until is not None:
+            self._counters["refused_run"] += 1
+            host.connection.send(_stopping(command, started=False))
+        else:
+            self._counters["queue_full"] += 1
+            host.connection.send(_queue_full(command, self._max_queue))
 
     def _is_known(self, host: Host, run_id: str) -> bool:
         """Tell whether the run was here before, which must not happen twice; its end is told again."""
@@ -327,7 +336,9 @@ class Dispatcher:
     @property
     def refusal(self) -> str:
         """Return why no new run would be taken now, "" if one would."""
-        return "" if self._drain_until is None else "draining"
+        if self._drain_until is not None:
+            return "draining"
+        return "queue full" if self.statistics.queued >= self._max_queue else ""
 
     def connections(self) -> list[HostConnection]:
         """Return the connections of hosts that are here, the oldest first."""
@@ -413,3 +424,12 @@ def _stopping(run: Run | RunTask, *, started: bool) -> bytes:
         "the task had begun and was given up." if started else "the task was not begun."
     )
     return service_error(run.run_id, run.task_id, "WorkerStopping", message, retryable=True, started=started)
+
+
+def _queue_full(run: RunTask, limit: int) -> bytes:
+    message = (
+        f"The worker service has {limit} runs that wait to begin and takes no more of them now. Submit the "
+        "run again later, bound what is submitted by delivery_max_in_flight, or give the worker service more "
+        "--workers or a larger --max-queue."
+    )
+    return service_error(run.run_id, run.task_id, "QueueFull", message, retryable=True, started=False)

@@ -42,6 +42,7 @@ _wire_logger.setLevel(logging.WARNING)
 
 _DEFAULT_MAX_MESSAGE = 256 * 1024 * 1024
 _DEFAULT_MAX_KEPT = 512 * 1024 * 1024
+_DEFAULT_MAX_QUEUE = 100_000
 _PING_INTERVAL = 20.0
 #: More than the minute for which a host may be suspended without losing its connection.
 _PING_TIMEOUT = 75.0
@@ -57,7 +58,8 @@ class WorkerService:
     (default: CPUs + 4, at most 32). ``ssl_context`` makes it wss. ``max_message_bytes``
     (default 256 MiB) is the largest message accepted from a host, ``max_kept_bytes`` (default
     512 MiB) what the results of a host may take that have not arrived there, the newest not
-    counted. ``insecure`` allows to listen beyond loopback without TLS and security.
+    counted, ``max_queue`` (default 100,000) how many runs of all hosts may wait to begin.
+    ``insecure`` allows to listen beyond loopback without TLS and security.
     ``counters`` tells what was refused, ignored or dropped, by reason.
 
     Raises ValueError or TypeError for wrong arguments and RuntimeError for a secret that
@@ -76,6 +78,7 @@ class WorkerService:
         ssl_context: ssl.SSLContext | None = None,
         max_message_bytes: int = _DEFAULT_MAX_MESSAGE,
         max_kept_bytes: int = _DEFAULT_MAX_KEPT,
+        max_queue: int = _DEFAULT_MAX_QUEUE,
         insecure: bool = False,
     ) -> None:
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
@@ -87,6 +90,8 @@ class WorkerService:
             raise ValueError(f"max_message_bytes must be {least}, not {max_message_bytes}.")
         if max_kept_bytes < 1:
             raise ValueError(f"max_kept_bytes must be above 0, not {max_kept_bytes}.")
+        if max_queue < 1:
+            raise ValueError(f"max_queue must be above 0, not {max_queue}.")
         self._auth = Authenticator(security)
         authenticated = self._auth.mode != "none"
         check_listening(host, tls=ssl_context is not None, authenticated=authenticated, insecure=insecure)
@@ -97,6 +102,7 @@ class WorkerService:
         self._ssl_context = ssl_context
         self._max_message_bytes = max_message_bytes
         self._max_kept_bytes = max_kept_bytes
+        self._max_queue = max_queue
         self._insecure = insecure
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
@@ -134,7 +140,11 @@ class WorkerService:
         if self._dispatcher is not None:
             raise RuntimeError("A WorkerService starts once; make another one.")
         self._dispatcher = Dispatcher(
-            asyncio.get_running_loop(), self._engine, self.counters, max_kept_bytes=self._max_kept_bytes
+            asyncio.get_running_loop(),
+            self._engine,
+            self.counters,
+            max_kept_bytes=self._max_kept_bytes,
+            max_queue=self._max_queue,
         )
         self._id = secrets.token_hex(16)
         try:
