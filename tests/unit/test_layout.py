@@ -41,6 +41,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.logs",
                 "worker.metrics",
                 "worker.outbox",
+                "worker.parked",
                 "worker.runs",
                 "worker.sendqueue",
                 "worker.shelf",

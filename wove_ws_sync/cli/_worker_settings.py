@@ -167,6 +167,13 @@ SETTINGS: tuple[Setting, ...] = (
         _positive,
         "N",
     ),
+    Setting(
+        "max_in_flight",
+        10_000,
+        "runs of a host under way, beyond which its reading pauses (default: 10000)",
+        _positive,
+        "N",
+    ),
     Setting("tls_cert", None, "certificate chain (PEM); makes the URL wss://", str, "FILE"),
     Setting("tls_key", None, "private key of the certificate (PEM)", str, "FILE"),
     Setting("tls_client_ca", None, "accept only hosts with a certificate of this CA (PEM)", str, "FILE"),

@@ -178,6 +178,7 @@ def _make_service(settings: Settings, context: ssl.SSLContext | None) -> WorkerS
         max_message_bytes=settings.max_message_bytes,
         max_kept_bytes=settings.max_kept_bytes,
         max_queue=settings.max_queue,
+        max_in_flight=settings.max_in_flight,
         insecure=settings.insecure,
     )
 

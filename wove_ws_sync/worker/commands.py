@@ -24,6 +24,7 @@ __all__ = [
     "Resume",
     "RunTask",
     "Shutdown",
+    "Withdrawn",
     "read",
 ]
 
@@ -115,8 +116,26 @@ class Ignored:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A ``run_task`` and a ``cancel_task`` for it that was read before the run was begun with."""
+
+    run_id: str
+    task_id: str
+    cancel_mode: str | None
+
+
 Command = (
-    RunTask | MalformedRun | CancelTask | Shutdown | Ignored | Resume | EventAck | DetachTask | AttachTask
+    RunTask
+    | MalformedRun
+    | CancelTask
+    | Shutdown
+    | Ignored
+    | Resume
+    | EventAck
+    | DetachTask
+    | AttachTask
+    | Withdrawn
 )
 
 _KINDS = COMMANDS | EXTENDED_COMMANDS

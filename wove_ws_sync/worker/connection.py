@@ -9,7 +9,6 @@ Everything here happens on the event loop that serves connections.
 from __future__ import annotations
 
 import asyncio
-import collections
 import functools
 import logging
 from collections import Counter
@@ -20,16 +19,19 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from ..frames import InvalidMessage
-from .commands import Command, read
-from .events import life_event
+from .commands import Command, RunTask, read
+from .events import life_event, queue_full_event
 from .greeting import Greeting
+from .parked import Parked
 from .runs import Run, RunState
 from .sendqueue import SMALL, SendQueue
 
-__all__ = ["CLOSE_TIMEOUT", "HostConnection"]
+__all__ = ["CLOSE_TIMEOUT", "DEFAULT_MAX_IN_FLIGHT", "HostConnection"]
 
 _logger = logging.getLogger("wove_ws_sync.worker")
 
+#: Enough for any number of workers; a tenth of what may wait to begin, of all hosts.
+DEFAULT_MAX_IN_FLIGHT = 10_000
 #: How long, in seconds, a host may take to answer the close of its connection.
 CLOSE_TIMEOUT = 1.0
 #: A larger message leaves in pieces of this size, so that pings and pongs get in between.
@@ -37,6 +39,14 @@ _FRAGMENT = 1024 * 1024
 #: Where answers of more than this wait to be written, in bytes, no further command is read. What is
 #: kept for the host anyway does not count: a large result must not delay its commands.
 _MAX_WAITING = 8 * 1024 * 1024
+#: Where a host has too many runs this much is read per rest of so many seconds. The window of TCP must
+#: open now and then, or the host gives the connection up, and it sees that this side lives.
+_TRICKLE_BYTES = 256 * 1024
+_REST = 1.0
+#: A run beyond so much that waits, in bytes, is refused.
+_MAX_PARKED = 64 * 1024 * 1024
+#: Room for this many runs, or an eighth of the limit, is waited for: waking for each would cost.
+_MOST_ROOM = 64
 #: What a heartbeat takes, about.
 _BEAT_SIZE = 64
 
@@ -44,12 +54,21 @@ _BEAT_SIZE = 64
 class HostConnection:
     """Read the commands of one host and write its events. *greeting* is how it introduced itself.
 
-    Small events for hosts of this package may share a message as a list. ``host`` is the
-    owner of its runs, which is somebody else's to set, as are its ``key`` id and ``since``
-    when it is served; ``on_idle`` is called whenever everything queued has been written.
+    While the host has *max_in_flight* runs no further one is accepted; ``has_room()`` is to be
+    called when some have ended. Small events for hosts of this package may share a message as
+    a list. ``host`` is the owner of its runs, which is somebody else's to set, as are its
+    ``key`` id and ``since`` when it is served; ``on_idle`` is called whenever everything
+    queued has been written.
     """
 
-    def __init__(self, socket: ServerConnection, greeting: Greeting, counters: Counter[str]) -> None:
+    def __init__(
+        self,
+        socket: ServerConnection,
+        greeting: Greeting,
+        counters: Counter[str],
+        *,
+        max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
+    ) -> None:
         self.host: Any = None
         self.key = ""
         self.since = 0.0
@@ -59,8 +78,9 @@ class HostConnection:
         self._socket = socket
         self._counters = counters
         self._queue = SendQueue(min(SMALL, greeting.limit) if greeting.ours else 0)
-        self._parked: collections.deque[bytes] = collections.deque()  # read while nothing was obeyed
-        self._parked_bytes = 0
+        self._max_in_flight = max_in_flight
+        self._parked = Parked()
+        self._is_over = False  # nothing more can be read
         self._idle_writer: asyncio.Future[None] | None = None
         self._full_reader: asyncio.Future[None] | None = None
         self._must_flush = False
@@ -75,28 +95,18 @@ class HostConnection:
         writer = asyncio.create_task(self._write())
         try:
             while True:
-                if self._parked:
-                    message = self._parked.popleft()
-                    self._parked_bytes -= len(message)
-                else:
-                    message = await self._socket.recv(decode=False)
-                self.received_bytes += len(message)
-                try:
-                    command = None if self._closing else read(message)
-                except InvalidMessage as exc:
+                item = self._parked.take() if self._parked else await self._read()
+                if isinstance(item, InvalidMessage):
                     gone(self)
                     self._forget_queue()
-                    await self._refuse(exc)
+                    await self._refuse(item)
                     return
-                finally:
-                    del message
-                if command is None:
-                    self._counters["stale_command"] += 1
-                else:
-                    obey(self, command)
-                del command
-                while self._queue.bytes > _MAX_WAITING and not writer.done():
-                    await self._wait_for_room()
+                self._pass_on(item, obey)
+                del item
+                if self._is_over:  # there may be many to be obeyed at once
+                    await asyncio.sleep(0)
+                while self._must_wait() and not writer.done():
+                    await self._wait_for_room(obey)
         except ConnectionClosed:
             return
         finally:
@@ -105,27 +115,101 @@ class HostConnection:
             writer.cancel()
             await asyncio.wait([writer] if self._closing is None else [writer, self._closing])
 
-    async def _wait_for_room(self) -> None:
-        """Obey nothing for now. As much as may wait is read nonetheless: a pong may be behind it."""
+    async def _read(self) -> Command | InvalidMessage | None:
+        """Return the next command, None if none counts any more."""
+        return self._understand(await self._socket.recv(decode=False))
+
+    def _understand(self, message: bytes) -> Command | InvalidMessage | None:
+        self.received_bytes += len(message)
+        try:
+            return None if self._closing else read(message)
+        except InvalidMessage as exc:
+            return exc
+
+    def _pass_on(self, command: Command | None, obey: Callable[[HostConnection, Command], None]) -> None:
+        if command is None or self._closing:
+            self._counters["stale_command"] += 1
+        else:
+            obey(self, command)
+
+    def _is_stuffed(self) -> bool:
+        return self._queue.bytes > _MAX_WAITING
+
+    def _must_wait(self, *, spare: int = 0) -> bool:
+        """Tell whether no run is to be accepted: too much waits to be written, or too many have not ended."""
+        if self._is_stuffed():
+            return True
+        too_many = self.host is not None and len(self.host.runs) + spare >= self._max_in_flight
+        return too_many and not self._is_over and self._closing is None
+
+    def has_room(self) -> None:
+        """Go on reading, if that had to wait and need not any more."""
+        if self._full_reader is not None and not self._must_wait(
+            spare=min(_MOST_ROOM, self._max_in_flight // 8)
+        ):
+            _wake(self._full_reader)
+
+    async def _wait_for_room(self, obey: Callable[[HostConnection, Command], None]) -> None:
+        """Accept no run for now. As much as may wait is read nonetheless: a pong may be behind it."""
         room = self._full_reader = asyncio.get_running_loop().create_future()
-        while self._parked_bytes <= _MAX_WAITING and not room.done():
-            reading = asyncio.ensure_future(self._socket.recv(decode=False))
-            try:
-                await asyncio.wait((reading, room), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                reading.cancel()  # which loses nothing
-            try:
-                self._parked.append(await reading)
-            except (asyncio.CancelledError, ConnectionClosed):
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                break
-            self._parked_bytes += len(self._parked[-1])
-        if not room.done():
-            self._socket.transport.pause_reading()
+        most = _MAX_WAITING
+        while not room.done() and not self._is_over:
+            if self._parked.bytes > most:
+                most = self._parked.bytes + _TRICKLE_BYTES
+                await self._rest(room)
+            else:
+                await self._read_ahead(room, obey)
+        if self._is_stuffed():  # the end of the writer will tell
             await room
-            self._socket.transport.resume_reading()
+        self._full_reader = None
+
+    async def _read_ahead(
+        self, room: asyncio.Future[None], obey: Callable[[HostConnection, Command], None]
+    ) -> None:
+        """Read one command, unless there is room before; obey it if it has not to wait."""
+        reading = asyncio.ensure_future(self._socket.recv(decode=False))
+        try:
+            await asyncio.wait((reading, room), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reading.cancel()  # which loses nothing
+        try:
+            message = await reading
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return
+        except ConnectionClosed:
+            self._is_over = True
+            if not self.greeting.host_id:  # nothing outlives it
+                self._parked.clear()
+            return
+        size, item = len(message), self._understand(message)
+        del message
+        if item is None:
+            self._counters["stale_command"] += 1
+            return
+        urgent = [] if self._is_stuffed() else self._parked.overtakes(item)
+        for command in urgent:
+            self._pass_on(command, obey)
+        if urgent:
+            self.has_room()
+        elif isinstance(item, RunTask) and self._parked.bytes > _MAX_PARKED:
+            self._counters["queue_full"] += 1
+            self.send(queue_full_event(item.run_id, item.task_id, self._max_in_flight, "--max-in-flight"))
+        elif not self._parked.put(item, size):
+            self._counters["duplicate_run"] += 1
+
+    async def _rest(self, room: asyncio.Future[None]) -> None:
+        """Read nothing for a moment; for longer if the host does not read either."""
+        self._socket.transport.pause_reading()
+        if self._is_stuffed():
+            await room
+        else:
+            await asyncio.wait((room,), timeout=_REST)
+            self._must_flush = True  # by a ping, so that a host that hears nothing else hears that
+            _wake(self._idle_writer)
+        self._socket.transport.resume_reading()
 
     async def _refuse(self, exc: InvalidMessage) -> None:
         self._counters["invalid_message"] += 1
@@ -234,8 +318,7 @@ class HostConnection:
                         await self._socket.send(_whole_or_pieces(message), text=True)
                         self.sent_bytes += len(message)
                     del message
-                    if self._queue.bytes <= _MAX_WAITING:
-                        _wake(self._full_reader)
+                    self.has_room()
         except ConnectionClosed:
             return
         except Exception:

@@ -30,10 +30,11 @@ from .commands import (
     Resume,
     RunTask,
     Shutdown,
+    Withdrawn,
 )
 from .connection import HostConnection
 from .engines import Engine
-from .events import cancelled_event, error_event, life_event, plain_error, service_error
+from .events import cancelled_event, error_event, life_event, plain_error, queue_full_event, service_error
 from .host import Host, fitting, result_dropped
 from .hosts import HostTable
 from .jobs import Job
@@ -99,6 +100,7 @@ class Dispatcher:
             EventAck: self._event_ack,
             DetachTask: self._detach_task,
             AttachTask: self._attach_task,
+            Withdrawn: self._withdrawn,
         }
 
     async def serve(self, connection: HostConnection, key: str) -> None:
@@ -166,7 +168,8 @@ class Dispatcher:
             host.connection.send(_stopping(command, started=False))
         else:
             self._counters["queue_full"] += 1
-            host.connection.send(_queue_full(command, self._max_queue))
+            limit = self._max_queue
+            host.connection.send(queue_full_event(command.run_id, command.task_id, limit, "--max-queue"))
 
     def _is_known(self, host: Host, run_id: str) -> bool:
         """Tell whether the run was here before, which must not happen twice; its end is told again."""
@@ -194,6 +197,13 @@ class Dispatcher:
             self._engine.cancel(run.job)
         run.job = None
         self._end(run, cancelled_event(run.run_id, run.task_id))
+
+    def _withdrawn(self, host: Host, command: Withdrawn) -> None:
+        if self._is_known(host, command.run_id):
+            self._cancel_task(host, CancelTask(command.run_id, command.cancel_mode))
+        else:
+            self._counters["withdrawn_run"] += 1
+            host.connection.send(cancelled_event(command.run_id, command.task_id))
 
     def _shutdown(self, host: Host, command: Shutdown) -> None:
         host.leaving = True
@@ -288,6 +298,8 @@ class Dispatcher:
         if isinstance(run.owner, Shelf):
             self._away_alarm.arm()  # it will expire
         self._tell_end(run, event)
+        if run.owner.connection is not None:
+            run.owner.connection.has_room()
         if self._settled is not None:
             self._check_drain()
 
@@ -424,12 +436,3 @@ def _stopping(run: Run | RunTask, *, started: bool) -> bytes:
         "the task had begun and was given up." if started else "the task was not begun."
     )
     return service_error(run.run_id, run.task_id, "WorkerStopping", message, retryable=True, started=started)
-
-
-def _queue_full(run: RunTask, limit: int) -> bytes:
-    message = (
-        f"The worker service has {limit} runs that wait to begin and takes no more of them now. Submit the "
-        "run again later, bound what is submitted by delivery_max_in_flight, or give the worker service more "
-        "--workers or a larger --max-queue."
-    )
-    return service_error(run.run_id, run.task_id, "QueueFull", message, retryable=True, started=False)

@@ -11,7 +11,14 @@ from typing import Any
 from .. import payloads
 from ..frames import encode
 
-__all__ = ["cancelled_event", "error_event", "life_event", "plain_error", "service_error"]
+__all__ = [
+    "cancelled_event",
+    "error_event",
+    "life_event",
+    "plain_error",
+    "queue_full_event",
+    "service_error",
+]
 
 _MAX_ERROR_TEXT = 64 * 1024
 
@@ -49,6 +56,16 @@ def service_error(
     if started is not None:
         error["started"] = started
     return encode({"type": "task_error", "run_id": run_id, "task_id": task_id, "error": error})
+
+
+def queue_full_event(run_id: str, task_id: str, limit: int, option: str) -> bytes:
+    """Return the ``task_error`` of a run that is not accepted, as there are *limit* of them already."""
+    message = (
+        f"The worker service has too many runs ({limit}) and did not take this one. Submit it again "
+        "later, submit fewer at once (delivery_max_in_flight), or raise --workers or "
+        f"{option} of the worker service."
+    )
+    return service_error(run_id, task_id, "QueueFull", message, retryable=True, started=False)
 
 
 def cancelled_event(run_id: str, task_id: str) -> bytes:

@@ -26,7 +26,7 @@ from ..security import is_local_host
 from . import logs
 from .access import ReaderRule
 from .auth import MIN_SECRET_BYTES, Authenticator, check_listening, is_foreign_page
-from .connection import CLOSE_TIMEOUT, HostConnection
+from .connection import CLOSE_TIMEOUT, DEFAULT_MAX_IN_FLIGHT, HostConnection
 from .dispatcher import Dispatcher
 from .engines import Engine, make_engine
 from .greeting import SMALLEST_LIMIT, Greeting
@@ -58,7 +58,9 @@ class WorkerService:
     (default: CPUs + 4, at most 32). ``ssl_context`` makes it wss. ``max_message_bytes``
     (default 256 MiB) is the largest message accepted from a host, ``max_kept_bytes`` (default
     512 MiB) what the results of a host may take that have not arrived there, the newest not
-    counted, ``max_queue`` (default 100,000) how many runs of all hosts may wait to begin.
+    counted, ``max_queue`` (default 100,000) how many runs of all hosts may wait to begin,
+    ``max_in_flight`` (default 10,000) how many runs of a host may be under way before reading from it
+    pauses.
     ``insecure`` allows to listen beyond loopback without TLS and security.
     ``counters`` tells what was refused, ignored or dropped, by reason.
 
@@ -79,6 +81,7 @@ class WorkerService:
         max_message_bytes: int = _DEFAULT_MAX_MESSAGE,
         max_kept_bytes: int = _DEFAULT_MAX_KEPT,
         max_queue: int = _DEFAULT_MAX_QUEUE,
+        max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
         insecure: bool = False,
     ) -> None:
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
@@ -92,6 +95,8 @@ class WorkerService:
             raise ValueError(f"max_kept_bytes must be above 0, not {max_kept_bytes}.")
         if max_queue < 1:
             raise ValueError(f"max_queue must be above 0, not {max_queue}.")
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be above 0, not {max_in_flight}.")
         self._auth = Authenticator(security)
         authenticated = self._auth.mode != "none"
         check_listening(host, tls=ssl_context is not None, authenticated=authenticated, insecure=insecure)
@@ -103,6 +108,7 @@ class WorkerService:
         self._max_message_bytes = max_message_bytes
         self._max_kept_bytes = max_kept_bytes
         self._max_queue = max_queue
+        self._max_in_flight = max_in_flight
         self._insecure = insecure
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
@@ -291,7 +297,8 @@ class WorkerService:
         # asyncio makes a buffer of this size for each read, and 256 KiB cost a system call or two more.
         connection.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         get_all = connection.request.headers.get_all
-        host = HostConnection(connection, Greeting.read(get_all), self.counters)
+        greeting = Greeting.read(get_all)
+        host = HostConnection(connection, greeting, self.counters, max_in_flight=self._max_in_flight)
         self.counters["connections"] += 1
         _logger.info("Host %s connected.", _peer(connection))
         await self._dispatcher.serve(host, self._auth.key_id(get_all))
