@@ -32,6 +32,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.alarm",
                 "worker.auth",
                 "worker.commands",
+                "worker.dedupe",
                 "worker.events",
                 "worker.greeting",
                 "worker.host",

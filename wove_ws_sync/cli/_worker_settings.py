@@ -174,6 +174,13 @@ SETTINGS: tuple[Setting, ...] = (
         _positive,
         "N",
     ),
+    Setting(
+        "dedupe_window",
+        300.0,
+        "how long a result is given again for its idempotency key (default: 300)",
+        _seconds,
+        "SECONDS",
+    ),
     Setting("tls_cert", None, "certificate chain (PEM); makes the URL wss://", str, "FILE"),
     Setting("tls_key", None, "private key of the certificate (PEM)", str, "FILE"),
     Setting("tls_client_ca", None, "accept only hosts with a certificate of this CA (PEM)", str, "FILE"),

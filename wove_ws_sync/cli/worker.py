@@ -179,6 +179,7 @@ def _make_service(settings: Settings, context: ssl.SSLContext | None) -> WorkerS
         max_kept_bytes=settings.max_kept_bytes,
         max_queue=settings.max_queue,
         max_in_flight=settings.max_in_flight,
+        dedupe_window=settings.dedupe_window,
         insecure=settings.insecure,
     )
 

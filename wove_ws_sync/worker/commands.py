@@ -39,7 +39,10 @@ _MIN_BEAT_INTERVAL = 0.01
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunTask:
-    """Execute a task. ``beat_interval`` is a third of the heartbeat asked for, in seconds."""
+    """Execute a task, unless the same work was done already: ``idempotency_key`` names it, "" does not.
+
+    ``beat_interval`` is a third of the heartbeat asked for, in seconds.
+    """
 
     run_id: str
     task_id: str
@@ -48,6 +51,7 @@ class RunTask:
     beat_interval: float | None
     cancel_mode: str
     orphan_policy: str = "cancel"
+    idempotency_key: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,7 +207,11 @@ def _run_task(
         return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.", "run_task")
     if args is not None and not isinstance(args, str):
         return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.", "run_task")
-    return RunTask(run_id, task_id, function, args or None, *delivery)
+    key = (frame.get("delivery") or {}).get("delivery_idempotency_key") or ""
+    if not isinstance(key, str) or len(key) > _MAX_ID:
+        message = "delivery_idempotency_key must be a string of at most 4096 characters."
+        return MalformedRun(run_id, task_id, message, "run_task")
+    return RunTask(run_id, task_id, function, args or None, *delivery, key)
 
 
 def _delivery(frame: dict[str, Any], kind: str) -> tuple[float | None, str, str] | str:

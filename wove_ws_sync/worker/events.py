@@ -14,9 +14,11 @@ from ..frames import encode
 __all__ = [
     "cancelled_event",
     "error_event",
+    "is_result",
     "life_event",
     "plain_error",
     "queue_full_event",
+    "renamed",
     "service_error",
 ]
 
@@ -77,6 +79,22 @@ def life_event(run_id: str, task_id: str, *, started: bool) -> bytes:
     """Return ``task_started``, or a ``heartbeat`` for a task that is still queued."""
     kind = "task_started" if started else "heartbeat"
     return encode({"type": kind, "run_id": run_id, "task_id": task_id})
+
+
+def renamed(event: bytes, of: tuple[str, str], to: tuple[str, str]) -> bytes:
+    """Return *event* of the run and task *of* as one of *to*; what else it says is not looked at."""
+    if of == to:
+        return event
+    kind = event[: event.index(b",")]  # {"type":"task_result"
+    head, new = (kind + b"," + encode({"run_id": ids[0], "task_id": ids[1]})[1:-1] for ids in (of, to))
+    if not event.startswith(head):
+        raise ValueError("An event begins with its type, its run_id and its task_id.")
+    return new + event[len(head) :]
+
+
+def is_result(event: bytes) -> bool:
+    """Tell whether *event* is a ``task_result``."""
+    return event.startswith(b'{"type":"task_result"')
 
 
 def plain_error(kind: str, message: str, source: str, *, text: str = "") -> dict[str, Any]:

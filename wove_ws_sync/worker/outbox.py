@@ -10,8 +10,7 @@ import asyncio
 import collections
 import time
 from collections.abc import Callable
-
-from .runs import Run
+from typing import Any
 
 __all__ = ["Outbox"]
 
@@ -22,10 +21,10 @@ _SOON = 0.002
 class Outbox:
     """Bring events from any thread to the loop, where *happened* takes them."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, happened: Callable[[Run, str, bytes], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, happened: Callable[[Any, str, bytes], None]) -> None:
         self._loop = loop
         self._happened = happened
-        self._items: collections.deque[tuple[Run, str, bytes]] = collections.deque()
+        self._items: collections.deque[tuple[Any, str, bytes]] = collections.deque()
         self._awake = False
         self._looking = False
 
@@ -39,8 +38,8 @@ class Outbox:
         self._looking = False
         self._drain()
 
-    def post(self, run: Run, kind: str, event: bytes) -> None:
-        """Queue what happened to *run*. Any thread, never blocks."""
+    def post(self, run: Any, kind: str, event: bytes) -> None:
+        """Queue what happened to *run*, a Run or a Shared. Any thread, never blocks."""
         if kind == "started":
             run.began_at = time.monotonic()  # the loop's clock; the loop itself may look much later
         self._items.append((run, kind, event))

@@ -48,6 +48,7 @@ class Stopped(enum.Enum):
 class Run:
     """One accepted run. ``job`` is what executes it; ``owner`` is the host that gets its events.
 
+    ``shared`` is the execution whose outcome it gets with others, None if it has its own.
     ``origin`` names the host that let go of it, if one did; ``acknowledged`` says that its
     terminal event has arrived; ``began_at`` is when its task began, None until then, and
     ``record`` is of the Statistics until it ends.
@@ -66,6 +67,7 @@ class Run:
         "owner",
         "record",
         "run_id",
+        "shared",
         "state",
         "task_id",
     )
@@ -80,6 +82,7 @@ class Run:
         self.origin: tuple[str, str] | None = None
         self.beat_serial = -1  # of its one valid place in a BeatSchedule
         self.job: Any = None
+        self.shared: Any = None
         self.record: Any = None
         self.began_at: float | None = None
         self.state = RunState.QUEUED

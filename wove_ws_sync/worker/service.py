@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import socket
 import ssl
@@ -43,6 +44,7 @@ _wire_logger.setLevel(logging.WARNING)
 _DEFAULT_MAX_MESSAGE = 256 * 1024 * 1024
 _DEFAULT_MAX_KEPT = 512 * 1024 * 1024
 _DEFAULT_MAX_QUEUE = 100_000
+_DEFAULT_DEDUPE_WINDOW = 300.0
 _PING_INTERVAL = 20.0
 #: More than the minute for which a host may be suspended without losing its connection.
 _PING_TIMEOUT = 75.0
@@ -60,7 +62,8 @@ class WorkerService:
     512 MiB) what the results of a host may take that have not arrived there, the newest not
     counted, ``max_queue`` (default 100,000) how many runs of all hosts may wait to begin,
     ``max_in_flight`` (default 10,000) how many runs of a host may be under way before reading from it
-    pauses.
+    pauses, ``dedupe_window`` (default 300 s) how long a result is given out again for its
+    ``delivery_idempotency_key``.
     ``insecure`` allows to listen beyond loopback without TLS and security.
     ``counters`` tells what was refused, ignored or dropped, by reason.
 
@@ -82,6 +85,7 @@ class WorkerService:
         max_kept_bytes: int = _DEFAULT_MAX_KEPT,
         max_queue: int = _DEFAULT_MAX_QUEUE,
         max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
+        dedupe_window: float = _DEFAULT_DEDUPE_WINDOW,
         insecure: bool = False,
     ) -> None:
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
@@ -97,6 +101,8 @@ class WorkerService:
             raise ValueError(f"max_queue must be above 0, not {max_queue}.")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight must be above 0, not {max_in_flight}.")
+        if not 0 <= dedupe_window < math.inf:
+            raise ValueError(f"dedupe_window must be a number of seconds from 0 on, not {dedupe_window}.")
         self._auth = Authenticator(security)
         authenticated = self._auth.mode != "none"
         check_listening(host, tls=ssl_context is not None, authenticated=authenticated, insecure=insecure)
@@ -108,6 +114,7 @@ class WorkerService:
         self._max_message_bytes = max_message_bytes
         self._max_kept_bytes = max_kept_bytes
         self._max_queue = max_queue
+        self._dedupe_window = dedupe_window
         self._max_in_flight = max_in_flight
         self._insecure = insecure
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
@@ -151,6 +158,7 @@ class WorkerService:
             self.counters,
             max_kept_bytes=self._max_kept_bytes,
             max_queue=self._max_queue,
+            dedupe_window=self._dedupe_window,
         )
         self._id = secrets.token_hex(16)
         try:

@@ -1,0 +1,227 @@
+"""What is remembered of runs by their idempotency keys, and what a command says while runs wait."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from wove_ws_sync.frames import InvalidMessage, encode
+from wove_ws_sync.worker.commands import (
+    CancelTask,
+    DetachTask,
+    EventAck,
+    MalformedRun,
+    Resume,
+    RunTask,
+    Shutdown,
+    Withdrawn,
+    read,
+)
+from wove_ws_sync.worker.dedupe import Dedupe, Key, Shared
+from wove_ws_sync.worker.events import cancelled_event, error_event, life_event, plain_error, renamed
+from wove_ws_sync.worker.parked import Parked
+from wove_ws_sync.worker.runs import Run
+
+KEY: Key = ("owner", "work")
+
+
+def command(run_id: str, task_id: str = "task") -> RunTask:
+    return RunTask(run_id, task_id, "code", None, None, "best_effort")
+
+
+def a_run(run_id: str, task_id: str = "task") -> Run:
+    return Run(command(run_id, task_id), None)
+
+
+def result(run_id: str, value: bytes = b"value") -> bytes:
+    return encode({"type": "task_result", "run_id": run_id, "task_id": "task", "result_pickle": value})
+
+
+def begun(dedupe: Dedupe, key: Key, run_id: str) -> Shared:
+    run = a_run(run_id)
+    shared = dedupe.begin(key, run)
+    shared.job = object()
+    shared.add(run)
+    return shared
+
+
+def end(dedupe: Dedupe, key: Key, run_id: str, now: float, value: bytes = b"value") -> None:
+    """Have a run under *key* begin and end with *value*."""
+    dedupe.ended(begun(dedupe, key, run_id), result(run_id, value), now)
+
+
+class TestRenamed:
+    """The events of one run become those of another one."""
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            result("r1"),
+            cancelled_event("r1", "task"),
+            life_event("r1", "task", started=True),
+            error_event("r1", "task", plain_error("E", "r1", "task"), b"pickle"),
+        ],
+    )
+    def test_only_the_ids_change(self, event: bytes) -> None:
+        """Whatever they hold, quotes and what is not ASCII included, and what else the event says."""
+        for run_id, task_id in [("r2", "other"), ('"},{\\"', "t\u00e4sk\n"), ("", "")]:
+            changed = renamed(event, ("r1", "task"), (run_id, task_id))
+            assert json.loads(changed) == {**json.loads(event), "run_id": run_id, "task_id": task_id}
+            assert renamed(changed, (run_id, task_id), ("r1", "task")) == event
+
+    def test_the_event_of_another_run_is_refused(self) -> None:
+        """A result must not be given out under a name that it does not have."""
+        with pytest.raises(ValueError, match="begins with"):
+            renamed(result("r3"), ("r1", "task"), ("r2", "task"))
+
+
+class TestDedupe:
+    """One execution for a key, then its result, for a while."""
+
+    def test_while_it_runs_others_join(self) -> None:
+        """They get its events under their own ids."""
+        dedupe = Dedupe(300.0)
+        shared = begun(dedupe, KEY, "r1")
+        assert dedupe.find(KEY) is shared and dedupe.find(("other owner", "work")) is None
+        second = a_run("r2", "again")
+        shared.add(second)
+        assert second.job is shared.job and len(shared.runs) == 2
+        assert json.loads(shared.event_for(second, result("r1"))) == {
+            "type": "task_result",
+            "run_id": "r2",
+            "task_id": "again",
+            "result_pickle": "value",
+        }
+        shared.leave(second)
+        assert second.shared is None and second.job is None and len(shared.runs) == 1
+
+    def test_a_result_is_kept_for_the_window(self) -> None:
+        """From the end of the execution on, and no moment longer; only under its key and its owner."""
+        dedupe = Dedupe(300.0)
+        end(dedupe, KEY, "r1", 10.0)
+        assert dedupe.find(KEY) is None and dedupe.next_at() == 310.0
+        again = dedupe.replay(KEY, a_run("r2"), 309.9)
+        assert again == result("r2")
+        assert dedupe.replay(("other owner", "work"), a_run("r2"), 11.0) is None
+        assert dedupe.replay(("owner", "other work"), a_run("r2"), 11.0) is None
+        assert dedupe.replay(KEY, a_run("r2"), 310.0) is None
+        assert (len(dedupe), dedupe.bytes, dedupe.next_at()) == (0, 0, None)
+
+    def test_what_is_no_result_is_not_kept(self) -> None:
+        """Whoever comes after an error, or a cancellation, begins anew."""
+        dedupe = Dedupe(300.0)
+        dedupe.ended(begun(dedupe, KEY, "r1"), None, 1.0)
+        assert dedupe.find(KEY) is None and dedupe.replay(KEY, a_run("r2"), 1.0) is None
+        assert len(dedupe) == 0
+
+    def test_without_a_window_only_live_runs_are_joined(self) -> None:
+        """--dedupe-window 0"""
+        dedupe = Dedupe(0.0)
+        shared = begun(dedupe, KEY, "r1")
+        assert dedupe.find(KEY) is shared
+        dedupe.ended(shared, result("r1"), 1.0)
+        assert dedupe.replay(KEY, a_run("r2"), 1.0) is None and len(dedupe) == 0
+
+    def test_nobody_joins_what_is_closed(self) -> None:
+        """Its result is not kept either, and does not end what was begun after it."""
+        dedupe = Dedupe(300.0)
+        first = begun(dedupe, KEY, "r1")
+        dedupe.close(first)
+        second = begun(dedupe, KEY, "r2")
+        dedupe.close(first)
+        dedupe.ended(first, result("r1"), 1.0)
+        assert dedupe.find(KEY) is second and dedupe.replay(KEY, a_run("r3"), 1.0) is None
+        dedupe.ended(second, result("r2", b"second"), 2.0)
+        assert dedupe.replay(KEY, a_run("r3"), 2.0) == result("r3", b"second")
+
+    def test_bytes_are_bounded(self) -> None:
+        """The oldest result makes room; one that is larger than all the room is not kept at all."""
+        dedupe = Dedupe(300.0, max_bytes=100_000)
+        for number in range(50):
+            end(dedupe, ("owner", f"k{number}"), f"r{number}", float(number), b"x" * 10_000)
+            assert dedupe.bytes <= 100_000
+        kept = [n for n in range(50) if dedupe.replay(("owner", f"k{n}"), a_run("again"), 50.0)]
+        assert kept == list(range(50 - len(kept), 50)) and len(kept) == 9
+        end(dedupe, KEY, "large", 51.0, b"x" * 100_000)
+        assert dedupe.replay(KEY, a_run("again"), 51.0) is None
+        assert len(dedupe) == 9
+
+    def test_their_number_is_bounded_too(self) -> None:
+        """The smallest results and their keys are counted with what they take besides."""
+        dedupe = Dedupe(300.0, max_bytes=100_000)
+        for number in range(1000):
+            end(dedupe, ("owner", f"k{number}"), "r", 0.0, b"")
+        assert 0 < len(dedupe) < 200
+
+
+class TestParked:
+    """What a host said while its runs wait."""
+
+    def test_runs_wait_in_order(self) -> None:
+        """With what else has to wait between them; bytes count up and down."""
+        parked = Parked()
+        items: list[Any] = [command("r1"), DetachTask("r1"), command("r2"), InvalidMessage("no")]
+        for item in items:
+            assert parked.overtakes(item) == [] and parked.put(item, 1000)
+        assert parked.bytes > 4000 and len(parked) == 4
+        assert [parked.take() for _ in items] == items
+        assert parked.bytes == 0 and len(parked) == 0
+
+    def test_acknowledgements_and_questions_do_not_wait(self) -> None:
+        """They are about other runs."""
+        parked = Parked()
+        parked.put(command("r1"), 10)
+        for item in (EventAck(("r0",)), Resume(("r0",), False), CancelTask("r0", None)):
+            assert parked.overtakes(item) == [item]
+        assert len(parked) == 1
+
+    def test_a_cancel_takes_the_run_out(self) -> None:
+        """With its mode; the others stay where they are."""
+        parked = Parked()
+        for run_id in ("r1", "r2", "r3"):
+            parked.put(command(run_id), 10)
+        cancel = CancelTask("r2", "require_ack")
+        assert parked.overtakes(cancel) == [Withdrawn("r2", "task", "require_ack")]
+        assert parked.overtakes(cancel) == [cancel]
+        assert [parked.take(), parked.take()] == [command("r1"), command("r3")]
+        assert parked.bytes == 0
+
+    def test_a_shutdown_takes_them_all_out(self) -> None:
+        """Before it is obeyed itself."""
+        parked = Parked()
+        for item in (command("r1"), DetachTask("r9"), command("r2")):
+            parked.put(item, 10)
+        withdrawn = [Withdrawn(run_id, "task", None) for run_id in ("r1", "r2")]
+        assert parked.overtakes(Shutdown()) == [*withdrawn, Shutdown()]
+        assert parked.take() == DetachTask("r9") and len(parked) == 0
+
+    def test_a_run_waits_once(self) -> None:
+        """The second one would begin after the first was cancelled."""
+        parked = Parked()
+        assert parked.put(command("r1"), 10) and not parked.put(command("r1"), 10)
+        assert len(parked) == 1 and parked.take() == command("r1")
+        assert parked.put(command("r1"), 10)
+        parked.clear()
+        assert parked.put(command("r1"), 10) and len(parked) == 1
+
+
+class TestKey:
+    """The key of a ``run_task``, from a host that nobody trusts."""
+
+    def read(self, **delivery: Any) -> Any:
+        frame = {"type": "run_task", "run_id": "r", "task_id": "t", "callable_pickle": "x"}
+        return read(json.dumps({**frame, "delivery": delivery}))
+
+    def test_it_is_text(self) -> None:
+        """Without one, or with an empty one, nothing is shared."""
+        assert self.read(delivery_idempotency_key="order-7").idempotency_key == "order-7"
+        for none in ({}, {"delivery_idempotency_key": None}, {"delivery_idempotency_key": ""}):
+            assert self.read(**none).idempotency_key == ""
+
+    @pytest.mark.parametrize("key", [7, ["a"], {"a": 1}, True, "x" * 4097])
+    def test_anything_else_is_an_error_of_the_run(self, key: Any) -> None:
+        """It would not be deduplicated, and nobody would know."""
+        malformed = self.read(delivery_idempotency_key=key)
+        assert isinstance(malformed, MalformedRun) and "delivery_idempotency_key" in malformed.message
