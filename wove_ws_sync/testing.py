@@ -135,7 +135,7 @@ class LoopbackWorker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": search_path, **self._env},
+            env={**_environment(), "PYTHONPATH": search_path, **self._env},
         )
         self._output = _Output(self._process, self._output)
         url = self._output.first_line(self._start_timeout)
@@ -208,6 +208,11 @@ class LoopbackWorker:
         process.wait()
         process.stdin.close()
         self._output.close()
+
+
+def _environment() -> dict[str, str]:
+    """Return ours without the options of a worker service that is run from here for good."""
+    return {name: text for name, text in os.environ.items() if not name.startswith("WOVE_WS_WORKER_")}
 
 
 class _Output:

@@ -173,7 +173,7 @@ class TestStart:
 
 
 class TestRefusals:
-    """One clear line and an exit code: 2 for wrong usage, 1 for what is not there."""
+    """One clear line and an exit code: 2 for wrong usage, one of its own for each thing that is missing."""
 
     @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.0.2.1", "example.org"])
     def test_no_listening_beyond_loopback(self, host: str) -> None:
@@ -191,14 +191,14 @@ class TestRefusals:
     def test_a_missing_secret(self) -> None:
         """The line names the variable."""
         done = run_command("worker", "--port", "0", "--security", "env:WOVE_NOT_SET")
-        assert done.returncode == 4 and "'WOVE_NOT_SET' is not set" in one_line(done.stderr)
+        assert done.returncode == 11 and "'WOVE_NOT_SET' is not set" in one_line(done.stderr)
 
     def test_a_taken_port(self) -> None:
         """The line names the address and what to do."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
             done = run_command("worker", "--port", port)
-        assert done.returncode == 3
+        assert done.returncode == 10
         assert f"127.0.0.1:{port}" in (line := one_line(done.stderr)) and "--port" in line
 
     def test_certificates_that_cannot_be_used(self, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ class TestRefusals:
         absent = str(tmp_path / "absent.pem")
         for certificate in (str(garbage), absent):
             done = run_command("worker", "--tls-cert", certificate, "--tls-key", certificate)
-            assert done.returncode == 5 and certificate in one_line(done.stderr)
+            assert done.returncode == 12 and certificate in one_line(done.stderr)
         for half in ("--tls-cert", "--tls-key", "--tls-client-ca"):
             done = run_command("worker", half, absent)
             assert done.returncode == 2 and "--tls-key" in one_line(done.stderr)

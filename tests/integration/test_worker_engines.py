@@ -358,9 +358,9 @@ def test_an_executor_that_broke_is_made_anew() -> None:
 @pytest.mark.parametrize(
     ("engine", "code", "text"),
     [
-        ("dask:tcp://127.0.0.1:1", 6, "No Dask scheduler answers at tcp://127.0.0.1:1"),
-        ("engine_tasks:make_broken", 6, "cannot be made: OSError: the cluster is away"),
-        ("engine_tasks:make_nothing", 6, "not a concurrent.futures.Executor"),
+        ("dask:tcp://127.0.0.1:1", 13, "No Dask scheduler answers at tcp://127.0.0.1:1"),
+        ("engine_tasks:make_broken", 13, "cannot be made: OSError: the cluster is away"),
+        ("engine_tasks:make_nothing", 13, "not a concurrent.futures.Executor"),
         ("engine_tasks:nothing_there", 2, "nothing called 'nothing_there'"),
         ("no_such_module:make", 2, "No module named 'no_such_module'"),
     ],

@@ -93,6 +93,7 @@ OUTSIDE = {
     "dask": {"worker.dask_engine"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},
+    "watchfiles": {"cli._worker_reload"},
 }
 
 PUBLIC = {

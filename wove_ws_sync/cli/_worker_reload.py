@@ -1,96 +1,190 @@
-"""``wove-ws-sync worker --reload``: a worker in a process of its own, started again when code changes.
+"""``wove-ws-sync worker --reload``: start the service anew when code changes. For development.
 
-Owns: that process, and the watch on the files. Never: serves a host itself. For development:
-runs get a moment to end, then they are lost.
+Owns: the process of the service, one after the other on the same port, and what becomes of signals.
+Never: runs a task or imports code of the user; a process that is started anew has all of it fresh.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-__all__ = ["serve_and_reload"]
+from ._worker_config import Settled
 
-# How long runs may take to end before the worker is started again, in seconds.
-_GRACE = 3.0
+__all__ = ["serve_reloading"]
 
-
-def serve_and_reload(arguments: Sequence[str], folders: Sequence[str], say: Callable[[str], None]) -> int:
-    """Run ``wove-ws-sync worker`` with *arguments*, again whenever a Python file in *folders* changes.
-
-    The port stays the same. Returns the exit code of a worker that did not start the first time, or
-    of the last one after a signal. Raises ModuleNotFoundError without ``watchfiles``.
-    """
-    from watchfiles import PythonFilter, watch
-
-    child = _Child(arguments)
-    over = threading.Event()
-
-    def end(number: int, frame: Any) -> None:
-        over.set()
-        child.signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    if not child.start():
-        return child.wait(None)
-    print(child.url, flush=True)
-    for changes in watch(*folders, watch_filter=PythonFilter(), stop_event=over, raise_interrupt=False):
-        if over.is_set():
-            break
-        say(f"{os.path.relpath(min(path for _, path in changes))} changed; starting again")
-        child.stop()
-        if not over.is_set() and not child.start():
-            say("the worker did not start; waiting for the next change")
-    return child.wait(None)
+_logger = logging.getLogger("wove_ws_sync.worker")
+#: What runs when code changes may take this long to end, in seconds; it is stopped then.
+_GRACE = 2.0
+#: How often, in milliseconds, to see whether the service is still there.
+_LOOK_INTERVAL = 500
 
 
-class _Child:
-    """The worker process. Use it from one thread; ``signal`` from a signal handler as well."""
+def serve_reloading(settled: Settled) -> int:
+    """Serve until a signal; return the exit code of the last service."""
+    try:
+        import watchfiles  # noqa: F401 - a missing one is to be told before anything begins
+    except ImportError:
+        line = 'pip install "wove_ws_sync[reload]"'
+        message = f"--reload needs the package 'watchfiles', which is not installed: {line}"
+        print(f"wove-ws-sync worker: {message}", file=sys.stderr)
+        return 1
+    directories = settled.options.reload_dir or [os.getcwd()]
+    if missing := next((name for name in directories if not Path(name).is_dir()), None):
+        message = settled.blame(f"--reload-dir: there is no directory {missing!r}.")
+        print(f"wove-ws-sync worker: {message}", file=sys.stderr)
+        return 2
+    return _Supervisor(settled, directories).run()
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._arguments = list(arguments)
-        self._process: subprocess.Popen[str] | None = None
-        self.url = ""
 
-    def start(self) -> bool:
-        """Start the worker; return whether it got ready."""
-        fixed = {"WOVE_WS_WORKER_RELOAD": "0"}
-        port = ["--port", str(urllib.parse.urlsplit(self.url).port)] if self.url else []
-        command = [sys.executable, "-m", "wove_ws_sync", "worker", *self._arguments, *port]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, **fixed}
-        )
-        assert self._process.stdout is not None
-        url = self._process.stdout.readline().strip()
-        self.url = url or self.url
-        return bool(url)
+class _Supervisor:
+    """Has one service at a time. All methods are called from the main thread, also by signals."""
 
-    def signal(self, number: int) -> None:
-        """Pass a signal on."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+    def __init__(self, settled: Settled, directories: list[str]) -> None:
+        options = settled.options
+        self._directories = directories
+        self._until_stdin_closes: bool = options.until_stdin_closes
+        self._stopping = threading.Event()
+        self._service: _Service | None = None
+        self._flags = [*settled.to_flags(), "--no-reload", "--until-stdin-closes"]
+        names = settled.variables()
+        self._environment = {name: text for name, text in os.environ.items() if name not in names}
+        # A file that changes twice within a second would look the same to what is kept compiled.
+        self._environment["PYTHONDONTWRITEBYTECODE"] = "1"
 
-    def stop(self) -> None:
-        """Have the worker end: in good order, or at once when that takes too long."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-            self.signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.wait(_GRACE)
-                return
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        if self._until_stdin_closes:
+            threading.Thread(target=self._read_stdin, name="wove-ws-stdin-0", daemon=True).start()
+        changes = self._watch()
+        next(changes)  # from here on no change is missed
+        url = self._start()
+        if not url:
+            return self._last_code()
+        print(url, flush=True)
+        told = False
+        for changed in changes:
+            if changed and not self._stopping.is_set():
+                self._reload(changed)
+                told = False
+            elif not told and not self._stopping.is_set() and self._has_ended():
+                _logger.error(
+                    "The service ended with %d; it is started when code changes.", self._last_code()
+                )
+                told = True
+        return self._last_code()
 
-    def wait(self, timeout: float | None) -> int:
-        """Return the exit code of the worker."""
-        assert self._process is not None
-        code = self._process.wait(timeout)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+    def _watch(self) -> Iterator[set[str]]:
+        """Yield the files that changed, often none; end with the order to stop."""
+        import watchfiles
+
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)  # we tell what changed
+        for changes in watchfiles.watch(
+            *self._directories,
+            watch_filter=watchfiles.PythonFilter(),
+            stop_event=self._stopping,
+            rust_timeout=_LOOK_INTERVAL,
+            yield_on_timeout=True,
+            raise_interrupt=False,
+        ):
+            yield {path for _, path in changes}
+
+    def _start(self) -> str:
+        """Start a service and return its URL once it is ready, "" if it ended before."""
+        self._service = _Service(self._flags, self._environment)
+        if self._stopping.is_set():  # the signal found none
+            self._service.process.terminate()
+        url = self._service.url()
+        if url:
+            port = url.partition("://")[2].partition("/")[0].rpartition(":")[2]
+            self._flags = [
+                *(flag for flag in self._flags if not flag.startswith("--port=")),
+                f"--port={port}",
+            ]
+        return url
+
+    def _reload(self, changed: set[str]) -> None:
+        names = ", ".join(sorted(os.path.basename(path) for path in changed)[:3])
+        _logger.info("Starting anew, for a change of %s.", names)
+        assert self._service is not None
+        self._service.end(_GRACE)
+        if not self._stopping.is_set():
+            self._start()
+
+    def _has_ended(self) -> bool:
+        return self._service is not None and self._service.process.poll() is not None
+
+    def _last_code(self) -> int:
+        assert self._service is not None
+        code = self._service.process.wait()
+        self._service.close()
+        if code < 0:  # a signal came before the service could obey it, or somebody killed it
+            return 0 if self._stopping.is_set() else 1
         return code
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """Pass the order on: the service drains, or stops."""
+        self._stopping.set()
+        if self._service is not None:
+            self._service.process.send_signal(number)
+
+    def _read_stdin(self) -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class _Service:
+    """A process that serves, and ends when this one does, however that ends."""
+
+    def __init__(self, flags: list[str], environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "wove_ws_sync", "worker", *flags]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
+        self._url = ""
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, name="wove-ws-reload-0", daemon=True)
+        self._reader.start()
+
+    def url(self) -> str:
+        """Wait until the service is ready, or gone; return its URL or ""."""
+        self._ready.wait()
+        return self._url
+
+    def end(self, grace: float) -> None:
+        """Have it drain for *grace* seconds, then stop it; wait until it is gone."""
+        for _ in range(2):  # a second SIGTERM is the order to stop at once
+            self.process.terminate()
+            try:
+                self.process.wait(grace)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        else:
+            self.process.kill()
+            self.process.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the pipes of a process that is gone."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self._reader.join(1.0)  # a child of a task may hold the pipe
+
+    def _read(self) -> None:
+        """Take the URL, and pass on what tasks print."""
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            self._url = stream.readline().decode().strip()
+            self._ready.set()
+            while chunk := stream.read1(65536):  # type: ignore[attr-defined]
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()

@@ -1,6 +1,6 @@
 """``wove-ws-sync worker``: run a worker service until a signal ends it.
 
-Owns: the options, the one line on stdout, signals and the exit code. Never: serves a host itself.
+Owns: the options, the one line on stdout and the exit code. Never: serves a host itself.
 """
 
 from __future__ import annotations
@@ -8,25 +8,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
+import math
 import os
-import signal
 import ssl
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from ._worker_log import log_to_stderr
-from ._worker_reload import serve_and_reload
-from ._worker_settings import SETTINGS, SettingError, Settings, add_flags, settle
-
-if TYPE_CHECKING:
-    from ..worker.service import WorkerService
+from ._worker_config import ConfigError, Settled, remember_defaults, settle
+from ._worker_logs import FORMATS, log_to_stderr
+from ._worker_orders import Orders
 
 __all__ = ["register"]
 
-# Exit codes.
-_FAILURE, _USAGE, _ADDRESS, _SECRET, _CERTIFICATE, _ENGINE = 1, 2, 3, 4, 5, 6
+#: Exit codes; 1 is all else that goes wrong at run time.
+_USAGE, _NO_PORT, _NO_SECRET, _NO_CERTIFICATE, _NO_ENGINE = 2, 10, 11, 12, 13
+_LEVELS = ("debug", "info", "warning", "error")
 #: Threads that are still busy get this long, in seconds, before the process ends without them.
 _EXIT_TIMEOUT = 1.0
 #: How long, in seconds, a thread that computes in Python keeps the others waiting. A fifth of the
@@ -41,65 +40,152 @@ def register(subparsers: Any) -> None:
         help="run a worker service",
         description="Run tasks for hosts. Prints its URL as the one line on stdout when it is ready. "
         "SIGTERM lets it finish what runs; Ctrl-C, or a second SIGTERM, stops it at once.",
-        epilog="Each option may also be set by the environment (--max-kept-bytes by "
-        "WOVE_WS_WORKER_MAX_KEPT_BYTES) or by a line of the file of --config (max_kept_bytes = 1000000); "
-        "what comes first of these counts. Exit codes: 0 it was stopped, 1 it failed, 2 an option is wrong, "
-        "3 the port cannot be had, 4 the secret is missing, 5 the certificate files cannot be used, "
-        "6 the engine cannot be had.",
+        epilog="An option may also stand in the environment, as in WOVE_WS_WORKER_MAX_KEPT_BYTES, or in the "
+        "file, as in max_kept_bytes = 1000000; a flag wins over the environment, that over the file. "
+        "Exit codes: 0 ended as asked, 1 failed, 2 wrong usage or configuration, 10 the port cannot be had, "
+        "11 the secret is missing, 12 the certificate files cannot be used, 13 the engine cannot be had.",
     )
-    parser.add_argument("--config", metavar="FILE", help="settings as TOML (also WOVE_WS_WORKER_CONFIG)")
-    parser.add_argument("--print-config", action="store_true", help="print every setting and its source")
-    add_flags(parser)
-    parser.set_defaults(run=_run)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=_port, default=8765, help="0 takes a free one (default: %(default)s)")
+    add("--path", default="/wove", help="path of the URL (default: %(default)s)")
+    add(
+        "--security",
+        type=_security,
+        metavar="env:VARIABLE",
+        help="environment variable that holds the shared secret",
+    )
+    add("--engine", type=_engine, default="threads", metavar="ENGINE",
+        help="what runs the tasks: threads (the default), processes, dask:ADDRESS, or module:factory "
+        "for a function that returns a concurrent.futures.Executor")  # fmt: skip
+    add("--workers", type=_positive, metavar="N",
+        help="tasks at once (default: CPUs + 4, at most 32; processes: CPUs; others: theirs)")  # fmt: skip
+    add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
+        help="largest message accepted from a host (default: 256 MiB)")  # fmt: skip
+    add("--max-kept-bytes", type=_positive, default=512 * 1024 * 1024, metavar="BYTES",
+        help="what results may take that have not arrived, for each host (default: 512 MiB)")  # fmt: skip
+    add("--max-queue", type=_positive, default=100_000, metavar="N",
+        help="runs that may wait to begin, of all hosts (default: %(default)s)")  # fmt: skip
+    add("--max-in-flight", type=_positive, default=10_000, metavar="N",
+        help="runs of a host under way, beyond which its reading pauses (default: %(default)s)")  # fmt: skip
+    add("--dedupe-window", type=_seconds, default=300.0, metavar="SECONDS",
+        help="how long a result is given again for its idempotency key (default: %(default)s)")  # fmt: skip
+    add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
+    add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
+    add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
+    add("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",
+        help="how long runs may take to end after SIGTERM (default: %(default)s)")  # fmt: skip
+    add("--insecure", action=_Switch, default=False, help="allow other machines without TLS and security")
+    add("--log-level", choices=_LEVELS, default="info", help="what goes to stderr (default: %(default)s)")
+    add(
+        "--until-stdin-closes",
+        action=_Switch,
+        default=False,
+        help="stop at once when stdin ends, as it does with its parent",
+    )
+    add(
+        "--log-format", choices=FORMATS, default="text", help="json: one object a line (default: %(default)s)"
+    )
+    add("--config", metavar="FILE", help="take options from this TOML file")
+    add("--print-config", action="store_true", help="print what is in force, and from where, and exit")
+    add(
+        "--reload", action=_Switch, default=False, help="for development: start anew when a *.py file changes"
+    )
+    add("--reload-dir", action="append", default=[], metavar="DIR",
+        help="where to look for changes, may be repeated (default: the working directory)")  # fmt: skip
+    remember_defaults(parser)
+    parser.set_defaults(run=functools.partial(_run, parser))
 
 
-def _run(options: argparse.Namespace) -> int:
-    given = vars(options)
+_Switch = argparse.BooleanOptionalAction
+
+
+def _number(text: str, kind: Any = int) -> Any:
     try:
-        settings = settle(given, os.environ, options.config or os.environ.get("WOVE_WS_WORKER_CONFIG"))
-    except SettingError as exc:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+
+def _security(text: str) -> str:
+    if text != "none" and not (text.startswith("env:") and len(text) > 4):
+        raise argparse.ArgumentTypeError(
+            "it must be 'env:VARIABLE', which names the environment variable of the secret, "
+            "and not a secret itself (not shown)"
+        )
+    return text
+
+
+def _port(text: str) -> int:
+    port: int = _number(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not from 0 to 65535")
+    return port
+
+
+def _positive(text: str) -> int:
+    number: int = _number(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds: float = _number(text, float)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
+    return seconds
+
+
+def _engine(text: str) -> str:
+    from ..worker.engines import check_engine
+
+    try:
+        return check_engine(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    try:
+        settled = settle(parser, given, os.environ)
+    except ConfigError as exc:
         return _fail(str(exc), _USAGE)
-    for variable in settings.unknown:
-        _say(f"the environment variable {variable} is none of its settings and has no effect")
-    if options.print_config:
-        print(settings.as_toml(), end="")
+    options = settled.options
+    if given.print_config:
+        print(settled.to_toml(), end="")
         return 0
-    if settings.reload:
-        return _reload(options, settings)
-    return _work(settings)
+    log_to_stderr(options.log_level, options.log_format)
+    for remark in settled.ignored:
+        logging.getLogger("wove_ws_sync.worker").warning(remark)
+    if options.reload:
+        from ._worker_reload import serve_reloading
+
+        return serve_reloading(settled)
+    return _run_service(settled)
 
 
-def _reload(options: argparse.Namespace, settings: Settings) -> int:
-    arguments = [] if options.config is None else ["--config", options.config]
-    for setting in SETTINGS:
-        value = vars(options).get(setting.name)
-        if setting.name not in ("reload", "reload_dir") and value is not None:
-            arguments += [setting.flag] if value is True else [setting.flag, str(value)]
-    try:
-        return serve_and_reload(arguments, settings.reload_dir or [os.getcwd()], _say)
-    except ModuleNotFoundError as exc:
-        if exc.name != "watchfiles":
-            raise
-        install = 'pip install "wove_ws_sync[reload]"'
-        return _fail(f"--reload needs the package 'watchfiles', which is not installed: {install}", _FAILURE)
-
-
-def _work(settings: Settings) -> int:
-    log_to_stderr(settings.log_level, settings.log_format)
+def _run_service(settled: Settled) -> int:
+    options = settled.options
     sys.setswitchinterval(_SWITCH_INTERVAL)
     if os.getcwd() not in sys.path:  # last: nothing that is installed is hidden by a file that lies there
         sys.path.append(os.getcwd())
-    if (settings.tls_cert is None) != (settings.tls_key is None):
-        return _fail("--tls-cert and --tls-key go together.", _USAGE)
-    if settings.tls_client_ca is not None and settings.tls_cert is None:
-        return _fail("--tls-client-ca needs --tls-cert and --tls-key.", _USAGE)
+    if (options.tls_cert is None) != (options.tls_key is None):
+        return _fail(settled.blame("--tls-cert and --tls-key go together."), _USAGE)
+    if options.tls_client_ca is not None and options.tls_cert is None:
+        return _fail(settled.blame("--tls-client-ca needs --tls-cert and --tls-key."), _USAGE)
+    kind, _, secret = (options.security or "none").partition(":")
+    if kind == "env" and not os.environ.get(secret):
+        state = "is empty" if secret in os.environ else "is not set"
+        return _fail(settled.blame(f"the secret of --security is missing: {secret!r} {state}."), _NO_SECRET)
     try:
-        context = _ssl_context(settings)
+        context = _ssl_context(options)
     except (OSError, ssl.SSLError) as exc:
-        files = [settings.tls_cert, settings.tls_key, settings.tls_client_ca]
+        files = [options.tls_cert, options.tls_key, options.tls_client_ca]
         named = ", ".join(str(file) for file in files if file is not None)
-        return _fail(f"the certificate files {named} cannot be used: {_reason(exc)}.", _CERTIFICATE)
-    code, clean = asyncio.run(_serve(settings, context))
+        return _fail(f"the certificate files {named} cannot be used: {_reason(exc)}.", _NO_CERTIFICATE)
+    code, clean = asyncio.run(_serve(settled, context))
     if not clean or not _threads_ended():
         _leave_now(code)
     return code
@@ -121,39 +207,46 @@ def _leave_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _serve(settings: Settings, context: ssl.SSLContext | None) -> tuple[int, bool]:
+async def _serve(settled: Settled, context: ssl.SSLContext | None) -> tuple[int, bool]:
     """Serve until a signal; return the exit code and whether nothing is left running."""
     from ..worker.engines import EngineError
+    from ..worker.service import WorkerService
 
-    orders = _Orders(asyncio.get_running_loop())
+    options = settled.options
+    orders = Orders(asyncio.get_running_loop())
     orders.watch_signals()
     try:
-        service = _make_service(settings, context)
-    except EngineError as exc:
-        return _fail(str(exc), _ENGINE), True
-    except (ValueError, TypeError) as exc:
-        return _fail(str(exc), _USAGE), True
-    except RuntimeError as exc:  # the variable of the secret is not set
-        return _fail(str(exc), _SECRET), True
-    try:
+        service = WorkerService(
+            host=options.host,
+            port=options.port,
+            path=options.path,
+            security=options.security,
+            engine=options.engine,
+            workers=options.workers,
+            ssl_context=context,
+            max_message_bytes=options.max_message_bytes,
+            max_kept_bytes=options.max_kept_bytes,
+            max_queue=options.max_queue,
+            max_in_flight=options.max_in_flight,
+            dedupe_window=options.dedupe_window,
+            insecure=options.insecure,
+        )
         await service.start()
-    except EngineError as exc:
-        return _fail(str(exc), _ENGINE), True
-    except ValueError as exc:
-        return _fail(str(exc), _USAGE), True
+    except (ValueError, TypeError) as exc:
+        return _fail(settled.blame(str(exc)), _USAGE), True
     except OSError as exc:
-        where = f"{settings.host}:{settings.port}"
-        text = f"cannot listen on {where}: {_reason(exc)}. Choose another --port or --host."
-        return _fail(text, _ADDRESS), True
+        where = f"{options.host}:{options.port}"
+        remedy = "Choose another --port or --host."
+        return _fail(f"cannot listen on {where}: {_reason(exc)}. {remedy}", _NO_PORT), True
     except RuntimeError as exc:
-        return _fail(str(exc), _FAILURE), True
+        return _fail(str(exc), _NO_ENGINE if isinstance(exc, EngineError) else 1), True
     print(service.url, flush=True)
-    if settings.until_stdin_closes:
+    if options.until_stdin_closes:
         orders.watch_stdin()
     await orders.anything.wait()
     if orders.stop.is_set():
         return 0, await service.stop(_EXIT_TIMEOUT)
-    drain = asyncio.create_task(service.drain(settings.drain_timeout))
+    drain = asyncio.create_task(service.drain(options.drain_timeout))
     stopped = asyncio.create_task(orders.stop.wait())
     await asyncio.wait([drain, stopped], return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -164,33 +257,9 @@ async def _serve(settings: Settings, context: ssl.SSLContext | None) -> tuple[in
     return 0, await service.stop(_EXIT_TIMEOUT)
 
 
-def _make_service(settings: Settings, context: ssl.SSLContext | None) -> WorkerService:
-    from ..worker.service import WorkerService
-
-    return WorkerService(
-        host=settings.host,
-        port=settings.port,
-        path=settings.path,
-        security=settings.security,
-        engine=settings.engine,
-        workers=settings.workers,
-        ssl_context=context,
-        max_message_bytes=settings.max_message_bytes,
-        max_kept_bytes=settings.max_kept_bytes,
-        max_queue=settings.max_queue,
-        max_in_flight=settings.max_in_flight,
-        dedupe_window=settings.dedupe_window,
-        insecure=settings.insecure,
-    )
-
-
 def _fail(message: str, code: int) -> int:
-    _say(message)
-    return code
-
-
-def _say(message: str) -> None:
     print(f"wove-ws-sync worker: {message}", file=sys.stderr)
+    return code
 
 
 def _reason(exc: OSError) -> str:
@@ -198,54 +267,17 @@ def _reason(exc: OSError) -> str:
     return f"{text} ({exc.filename})" if exc.filename else text
 
 
-def _ssl_context(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_cert is None:
+def _ssl_context(options: argparse.Namespace) -> ssl.SSLContext | None:
+    if options.tls_cert is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A key with a passphrase must fail and not ask the terminal of a service.
-    context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: b"")
-    if settings.tls_client_ca is not None:
-        context.load_verify_locations(settings.tls_client_ca)
+    context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
+    if options.tls_client_ca is not None:
+        context.load_verify_locations(options.tls_client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
-
-
-class _Orders:
-    """What the world outside wants of the service: first to drain, then, or at once, to stop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.anything = asyncio.Event()
-        self.stop = asyncio.Event()
-
-    def watch_signals(self) -> None:
-        """Take SIGTERM for an order to drain, a second one or SIGINT for one to stop."""
-        for number, order in ((signal.SIGTERM, self._terminate), (signal.SIGINT, self._stop)):
-            try:
-                self._loop.add_signal_handler(number, order)
-            except NotImplementedError:  # Windows
-                signal.signal(number, lambda *_, order=order: self._loop.call_soon_threadsafe(order))
-
-    def watch_stdin(self) -> None:
-        """Take the end of stdin for an order to stop."""
-        threading.Thread(target=self._read_stdin, name="wove-ws-stdin-0", daemon=True).start()
-
-    def _read_stdin(self) -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        with contextlib.suppress(RuntimeError):  # the loop ended first
-            self._loop.call_soon_threadsafe(self._stop)
-
-    def _terminate(self) -> None:
-        if self.anything.is_set():
-            self._stop()
-        self.anything.set()
-
-    def _stop(self) -> None:
-        self.stop.set()
-        self.anything.set()
 
 
 def _threads_ended() -> bool:

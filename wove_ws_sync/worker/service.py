@@ -278,18 +278,21 @@ class WorkerService:
         peer = _peer(connection)
         if request.path.partition("?")[0] != self._path:
             self.counters["wrong_path"] += 1
-            _logger.info("Refused %s with 404: it asked for another path.", peer)
+            _logger.info(
+                "Refused %s with 404: it asked for another path.", peer, extra=_about("refuse", peer)
+            )
             return connection.respond(404, "404 Not Found\n")
         unprotected = self._auth.mode == "none" and not self._insecure
         if unprotected and is_foreign_page(request.headers.get_all("Origin")):
             self.counters["foreign_page"] += 1
-            _logger.warning("Refused %s with 403: a web page must not run code here.", peer)
+            why = "a web page must not run code here"
+            _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
             return connection.respond(403, "403 Forbidden\n")
         try:
             self._auth.verify(request.headers.get_all, request.path)
         except PermissionError as exc:
             self.counters["unauthorized"] += 1
-            _logger.warning("Refused %s with 401: %s", peer, exc)
+            _logger.warning("Refused %s with 401: %s", peer, exc, extra=_about("refuse", peer))
             return connection.respond(401, "401 Unauthorized\n")
         return None
 
@@ -308,9 +311,16 @@ class WorkerService:
         greeting = Greeting.read(get_all)
         host = HostConnection(connection, greeting, self.counters, max_in_flight=self._max_in_flight)
         self.counters["connections"] += 1
-        _logger.info("Host %s connected.", _peer(connection))
+        peer = _peer(connection)
+        _logger.info("Host %s connected.", peer, extra=_about("connect", peer))
         await self._dispatcher.serve(host, self._auth.key_id(get_all))
-        _logger.info("Host %s is gone (close code %s).", _peer(connection), connection.close_code)
+        code = connection.close_code
+        _logger.info("Host %s is gone (close code %s).", peer, code, extra=_about("lose", peer))
+
+
+def _about(action: str, peer: str) -> dict[str, str]:
+    """Return what a log record says apart from its text."""
+    return {"action": action, "peer": peer}
 
 
 def _peer(connection: ServerConnection) -> str:
