@@ -148,6 +148,7 @@ class TestInFlight:
             assert [event["type"] for event in host.wait("r4")] == ["task_cancelled"]
             assert host.socket.ping().wait(WAIT)
             host.wait("r0", "heartbeat")
+            assert host.wait("r5", "heartbeat")[0]["type"] == "heartbeat"  # it waits and lives
             host.cancel("r1")
             assert host.wait("r1")[-1]["type"] == "task_cancelled"
             assert host.wait("r3", "task_started")[0]["type"] == "task_started"  # it took the place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -164,7 +165,7 @@ class TestParked:
         parked = Parked()
         items: list[Any] = [command("r1"), DetachTask("r1"), command("r2"), InvalidMessage("no")]
         for item in items:
-            assert parked.overtakes(item) == [] and parked.put(item, 1000)
+            assert parked.overtakes(item) == [] and parked.put(item, 1000, 0.0)
         assert parked.bytes > 4000 and len(parked) == 4
         assert [parked.take() for _ in items] == items
         assert parked.bytes == 0 and len(parked) == 0
@@ -172,7 +173,7 @@ class TestParked:
     def test_acknowledgements_and_questions_do_not_wait(self) -> None:
         """They are about other runs."""
         parked = Parked()
-        parked.put(command("r1"), 10)
+        parked.put(command("r1"), 10, 0.0)
         for item in (EventAck(("r0",)), Resume(("r0",), False), CancelTask("r0", None)):
             assert parked.overtakes(item) == [item]
         assert len(parked) == 1
@@ -181,7 +182,7 @@ class TestParked:
         """With its mode; the others stay where they are."""
         parked = Parked()
         for run_id in ("r1", "r2", "r3"):
-            parked.put(command(run_id), 10)
+            parked.put(command(run_id), 10, 0.0)
         cancel = CancelTask("r2", "require_ack")
         assert parked.overtakes(cancel) == [Withdrawn("r2", "task", "require_ack")]
         assert parked.overtakes(cancel) == [cancel]
@@ -192,7 +193,7 @@ class TestParked:
         """Before it is obeyed itself."""
         parked = Parked()
         for item in (command("r1"), DetachTask("r9"), command("r2")):
-            parked.put(item, 10)
+            parked.put(item, 10, 0.0)
         withdrawn = [Withdrawn(run_id, "task", None) for run_id in ("r1", "r2")]
         assert parked.overtakes(Shutdown()) == [*withdrawn, Shutdown()]
         assert parked.take() == DetachTask("r9") and len(parked) == 0
@@ -200,11 +201,25 @@ class TestParked:
     def test_a_run_waits_once(self) -> None:
         """The second one would begin after the first was cancelled."""
         parked = Parked()
-        assert parked.put(command("r1"), 10) and not parked.put(command("r1"), 10)
+        assert parked.put(command("r1"), 10, 0.0) and not parked.put(command("r1"), 10, 0.0)
         assert len(parked) == 1 and parked.take() == command("r1")
-        assert parked.put(command("r1"), 10)
+        assert parked.put(command("r1"), 10, 0.0)
         parked.clear()
-        assert parked.put(command("r1"), 10) and len(parked) == 1
+        assert parked.put(command("r1"), 10, 0.0) and len(parked) == 1
+
+    def test_a_run_that_waits_beats(self) -> None:
+        """Until it is taken or cancelled, if its host asked for that."""
+        parked, owner = Parked(), object()
+        for run_id in ("r1", "r2"):
+            parked.put(dataclasses.replace(command(run_id), beat_interval=5.0), 10, 1.0, owner)
+        parked.put(command("r3"), 10, 1.0, owner)
+        assert parked.beats.next_at() == 6.0
+        due = list(parked.beats.due(6.0))
+        assert [(run.run_id, run.owner) for run in due] == [("r1", owner), ("r2", owner)]
+        parked.take()
+        assert [run.run_id for run in parked.beats.due(11.0)] == ["r2"]
+        parked.overtakes(CancelTask("r2", None))
+        assert parked.beats.next_at() is None
 
 
 class TestKey:

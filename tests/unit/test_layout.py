@@ -58,6 +58,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.apart",
                 "worker.dask_engine",
                 "worker.engines",
+                "worker.executions",
                 "worker.future_engine",
                 "worker.process_child",
                 "worker.process_engine",

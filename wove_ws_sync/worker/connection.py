@@ -19,6 +19,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from ..frames import InvalidMessage
+from .alarm import Alarm
 from .commands import Command, RunTask, read
 from .events import life_event, queue_full_event
 from .greeting import Greeting
@@ -80,6 +81,7 @@ class HostConnection:
         self._queue = SendQueue(min(SMALL, greeting.limit) if greeting.ours else 0)
         self._max_in_flight = max_in_flight
         self._parked = Parked()
+        self._beat_alarm: Alarm | None = None
         self._is_over = False  # nothing more can be read
         self._idle_writer: asyncio.Future[None] | None = None
         self._full_reader: asyncio.Future[None] | None = None
@@ -93,6 +95,9 @@ class HostConnection:
     ) -> None:
         """Read commands for *obey* until the connection ends or is retired, then tell *gone*."""
         writer = asyncio.create_task(self._write())
+        beats = self._beat_alarm = Alarm(
+            asyncio.get_running_loop(), self._parked.beats.next_at, self._beat_parked
+        )
         try:
             while True:
                 item = self._parked.take() if self._parked else await self._read()
@@ -110,6 +115,7 @@ class HostConnection:
         except ConnectionClosed:
             return
         finally:
+            beats.stop()
             gone(self)
             self._forget_queue()
             writer.cancel()
@@ -197,8 +203,10 @@ class HostConnection:
         elif isinstance(item, RunTask) and self._parked.bytes > _MAX_PARKED:
             self._counters["queue_full"] += 1
             self.send(queue_full_event(item.run_id, item.task_id, self._max_in_flight, "--max-in-flight"))
-        elif not self._parked.put(item, size):
+        elif not self._parked.put(item, size, asyncio.get_running_loop().time(), self.host):
             self._counters["duplicate_run"] += 1
+        elif self._beat_alarm is not None:
+            self._beat_alarm.arm()
 
     async def _rest(self, room: asyncio.Future[None]) -> None:
         """Read nothing for a moment; for longer if the host does not read either."""
@@ -282,6 +290,10 @@ class HostConnection:
         if not run.beat_queued:
             run.beat_queued = True
             self.send_later(_BEAT_SIZE, functools.partial(self._beat_of, run))
+
+    def _beat_parked(self, now: float) -> None:
+        for run in self._parked.beats.due(now):
+            self.beat(run)
 
     def _beat_of(self, run: Run) -> bytes:
         if run.owner is not self.host:

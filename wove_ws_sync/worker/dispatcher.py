@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -33,22 +32,19 @@ from .commands import (
     Withdrawn,
 )
 from .connection import HostConnection
-from .dedupe import Dedupe, Key, Shared
 from .engines import Engine
 from .events import (
     cancelled_event,
     error_event,
-    is_result,
     life_event,
     plain_error,
     queue_full_event,
     service_error,
 )
+from .executions import Executions
 from .host import Host, fitting, result_dropped
 from .hosts import HostTable
-from .jobs import Job
 from .kept import Kept
-from .outbox import Outbox
 from .runs import BeatSchedule, Run, RunState, Stopped
 from .shelf import Shelf
 from .statistics import Statistics
@@ -85,17 +81,14 @@ class Dispatcher:
         dedupe_window: float,
     ) -> None:
         self._loop = loop
-        self._engine = engine
         self._counters = counters
-        self._outbox = Outbox(loop, self._happened)
+        self._executions = Executions(loop, engine, self._happened, dedupe_window=dedupe_window)
         self._table = HostTable(counters, max_kept_bytes=max_kept_bytes)
         self._max_kept_bytes = max_kept_bytes
         self._max_queue = max_queue
         self._beats = BeatSchedule()
         self._beat_alarm = Alarm(loop, self._beats.next_at, self._beat)
         self._away_alarm = Alarm(loop, self._table.next_at, self._end_absences)
-        self._dedupe = Dedupe(dedupe_window)
-        self._dedupe_alarm = Alarm(loop, self._dedupe.next_at, self._dedupe.expire)
         self._connections: set[HostConnection] = set()
         self.statistics = Statistics(loop.time())
         self._drain_until: float | None = None  # set once it begins; it never ends
@@ -165,41 +158,9 @@ class Dispatcher:
         assert run is not None
         self.statistics.accepted(run, self._loop.time())
         self._expect_beats(run)
-        shared = None
-        if command.idempotency_key:
-            key = (host.connection.key, command.idempotency_key)
-            if self._follow(run, key):
-                self._counters["deduplicated_run"] += 1
-                return
-            shared = self._dedupe.begin(key, run)
-        source = run if shared is None else shared
-        report = functools.partial(self._outbox.post, source)
-        job = run.job = Job(command, report, host.connection.greeting.limit)
-        if shared is not None:
-            shared.job = job
-            shared.add(run)
-        self._outbox.look_soon()
-        try:
-            self._engine.submit(job)
-        except RuntimeError as exc:  # no more threads, or the service is stopping
-            job.abandoned = True
-            error = plain_error(type(exc).__name__, f"The worker cannot take the run: {exc}.", "executor")
-            event = error_event(run.run_id, run.task_id, {**error, "retryable": True})
-            self._happened(source, "ended", event)
-
-    def _follow(self, run: Run, key: Key) -> bool:
-        """Have *run* get what another one with its key gets or got; False if there is none."""
-        result = self._dedupe.replay(key, run, self._loop.time())
-        if result is not None:
-            self._happened(run, "ended", result)
-            return True
-        shared = self._dedupe.find(key)
-        if shared is None:
-            return False
-        shared.add(run)
-        if shared.began_at is not None:
-            self._happened(run, "started", life_event(run.run_id, run.task_id, started=True))
-        return True
+        owner, limit = host.connection.key, host.connection.greeting.limit
+        if not self._executions.begin(run, command, owner, limit):
+            self._counters["deduplicated_run"] += 1
 
     def _refuse(self, host: Host, command: RunTask) -> None:
         if self._drain_until is not None:
@@ -228,10 +189,10 @@ class Dispatcher:
             self._cancel(run, command.cancel_mode)
 
     def _cancel(self, run: Run, mode: str | None) -> None:
-        stopped = self._stop(run)
+        stopped = self._executions.stop(run)
         if not run.owner.runs.cancelled(run, stopped, mode):
             return
-        self._give_up(run, again=stopped is Stopped.UNSTOPPABLE)  # now that nobody waits for it
+        self._executions.give_up(run, again=stopped is Stopped.UNSTOPPABLE)  # now that nobody waits for it
         self._end(run, cancelled_event(run.run_id, run.task_id))
 
     def _withdrawn(self, host: Host, command: Withdrawn) -> None:
@@ -240,31 +201,6 @@ class Dispatcher:
         else:
             self._counters["withdrawn_run"] += 1
             host.connection.send(cancelled_event(command.run_id, command.task_id))
-
-    def _stop(self, run: Run) -> Stopped:
-        """Stop what executes *run*, unless others wait for it, too."""
-        if run.shared is not None:
-            if len(run.shared.runs) > 1:
-                return Stopped.WITHDRAWN
-            stopped = self._engine.cancel(run.job)
-            if stopped is not Stopped.UNSTOPPABLE:  # nobody else shall share its cancellation
-                self._dedupe.close(run.shared)
-            return stopped
-        return self._engine.cancel(run.job)
-
-    def _give_up(self, run: Run, *, again: bool) -> None:
-        """Have what executes *run*, which ends, report nothing of it; if *again*, stop it once more."""
-        job, shared = run.job, run.shared
-        run.job = None
-        if shared is not None:
-            shared.leave(run)
-            if shared.runs:
-                return
-            self._dedupe.close(shared)
-            shared.job = None
-        job.abandoned = True
-        if again:
-            self._engine.cancel(job)
 
     def _shutdown(self, host: Host, command: Shutdown) -> None:
         host.leaving = True
@@ -332,11 +268,8 @@ class Dispatcher:
 
     # Events
 
-    def _happened(self, run: Run | Shared, kind: str, event: bytes) -> None:
+    def _happened(self, run: Run, kind: str, event: bytes) -> None:
         """Take what a job reports of *run*: "started", "log" or "ended"."""
-        if isinstance(run, Shared):
-            self._happened_to_all(run, kind, event)
-            return
         owner = run.owner
         if kind == "started":
             if owner.runs.started(run):
@@ -351,17 +284,6 @@ class Dispatcher:
             run.job = None  # the two know each other, which only the collector would undo
         elif run.state is RunState.RUNNING and _is_heard(run):
             owner.connection.log(event)
-
-    def _happened_to_all(self, shared: Shared, kind: str, event: bytes) -> None:
-        for run in list(shared.runs):
-            run.began_at = shared.began_at
-            if kind == "ended":
-                shared.leave(run)
-            self._happened(run, kind, shared.event_for(run, event))
-        if kind == "ended":
-            self._dedupe.ended(shared, event if is_result(event) else None, self._loop.time())
-            self._dedupe_alarm.arm()
-            shared.job = None
 
     def _end(self, run: Run, event: bytes) -> None:
         """Keep the terminal event of a run that has just ended, and tell its host."""
@@ -414,7 +336,7 @@ class Dispatcher:
         """Stop what executes runs that have ended for everybody else."""
         for run in runs:
             self.statistics.ended(run, None, self._loop.time())
-            self._give_up(run, again=True)
+            self._executions.give_up(run, again=True)
 
     # What is shown
 
@@ -443,8 +365,8 @@ class Dispatcher:
         await self._wait_until(self._is_settled, timeout)
         left = self._table.live_runs()
         for run in left:
-            stopped = self._engine.cancel(run.job)  # for all who share it
-            self._give_up(run, again=False)
+            stopped = self._executions.stop_for_all(run)
+            self._executions.give_up(run, again=False)
             run.owner.runs.ended(run)
             self._end(run, _stopping(run, started=stopped is not Stopped.WITHDRAWN))
         if left and not self._closed:
@@ -492,7 +414,7 @@ class Dispatcher:
         self._check_drain()
         self._beat_alarm.stop()
         self._away_alarm.stop()
-        self._dedupe_alarm.stop()
+        self._executions.close()
         for connection in (connections := list(self._connections)):
             connection.on_idle = None
         if connections:

@@ -1,7 +1,8 @@
 """Commands of one connection that were read and not obeyed yet, as pure state.
 
-Owns: their order, what may be obeyed before its turn, how much waits. Never: a socket,
-never obeys a command itself.
+Owns: their order, what may be obeyed before its turn, how much waits, when which run among
+them owes a heartbeat. Never: a socket or a clock (``now`` is an argument), never obeys a
+command itself.
 
 ==================== ==========================================================
 command              read while runs wait here
@@ -16,9 +17,11 @@ any other            waits for its turn
 from __future__ import annotations
 
 import collections
+from typing import Any
 
 from ..frames import InvalidMessage
 from .commands import CancelTask, Command, EventAck, Resume, RunTask, Shutdown, Withdrawn
+from .runs import BeatSchedule, Run, RunState
 
 __all__ = ["Parked"]
 
@@ -27,7 +30,10 @@ _OVERHEAD = 512
 
 
 class Parked:
-    """Commands that wait, or what was read instead of one; ``bytes`` is about what they take."""
+    """Commands that wait, or what was read instead of one; ``bytes`` is about what they take.
+
+    ``beats`` has the runs whose host wants to hear of them; they are no accepted ones yet.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -35,18 +41,26 @@ class Parked:
         self._items: collections.OrderedDict[int, tuple[int, Command | InvalidMessage]]
         self._items = collections.OrderedDict()
         self._runs: dict[str, int] = {}
+        self._beating: dict[int, Run] = {}
         self._number = 0
+        self.beats = BeatSchedule()
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, item: Command | InvalidMessage, size: int) -> bool:
-        """Have *item*, a message of *size* bytes, wait; False if it is a run that waits already."""
+    def put(self, item: Command | InvalidMessage, size: int, now: float, owner: Any = None) -> bool:
+        """Have *item*, a message of *size* bytes, wait; False if it is a run that waits already.
+
+        *owner* is the host that gets its heartbeats.
+        """
         self._number += 1
         if isinstance(item, RunTask):
             if item.run_id in self._runs:
                 return False
             self._runs[item.run_id] = self._number
+            if item.beat_interval is not None:
+                run = self._beating[self._number] = Run(item, owner)
+                self.beats.add(run, now)
         self._items[self._number] = (size + _OVERHEAD, item)
         self.bytes += size + _OVERHEAD
         return True
@@ -57,9 +71,8 @@ class Parked:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._items.clear()
-        self._runs.clear()
-        self.bytes = 0
+        while self._items:
+            self.take()
 
     def overtakes(self, item: Command | InvalidMessage) -> list[Command]:
         """Return what is to be obeyed now that *item* has been read; nothing if it has to wait."""
@@ -82,4 +95,7 @@ class Parked:
         self.bytes -= size
         if isinstance(item, RunTask):
             del self._runs[item.run_id]
+        beating = self._beating.pop(number, None)
+        if beating is not None:
+            beating.state = RunState.ENDED  # as one that waits
         return item
