@@ -293,7 +293,7 @@ class TestCancel:
 def test_a_drain_hands_each_of_them_back_as_what_it_is(ledger: Path, tmp_path: Path, begun: bool) -> None:
     """``started`` is that of the execution, for those too that only followed."""
     gate = tmp_path / "gate"
-    with ServiceThread(workers=1) as service, RawHost(service) as host:
+    with ServiceThread(workers=1) as service, RawHost(service, headers={}) as host:
         if not begun:
             host.run(record_and_hold, "busy", folder=str(ledger), run="busy", gate=str(gate))
             host.wait("busy", "task_started")

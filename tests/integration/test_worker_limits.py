@@ -14,6 +14,7 @@ from engine_tasks import square
 from fault_helpers import MIB, WAIT, resident, until
 from ledger import record
 from raw_host import TERMINAL, RawHost, occupy, plain_error, unpickled
+from service_thread import ServiceThread
 from wove.environment import EnvironmentExecutionError
 
 from wove_ws_sync import RunFuture, WebSocketExecutor
@@ -239,6 +240,28 @@ class TestInFlight:
             sender.join(WAIT)
             assert [future.result(WAIT) for future in futures] == [MIB] * count
             assert pool.link.stats()["connects"] == 1, pool.link.stats()
+
+    def test_a_drain_hands_back_what_waits(self, tmp_path: Path) -> None:
+        """At once, and unstarted; what was accepted ends as usual."""
+        gate = tmp_path / "gate"
+        with (
+            ServiceThread(workers=4, max_in_flight=1) as service,
+            RawHost(service, extensions=EVERYTHING, name="a" * 32, headers={}) as host,
+        ):
+            host.run(hold, "first", gate=str(gate), number=1)
+            host.wait("first", "task_started")
+            for number in range(100):
+                host.run(record, f"r{number}", folder=str(tmp_path), run=f"r{number}")
+            assert host.socket.ping().wait(WAIT)
+            drained = service.drain(WAIT)
+            for number in range(100):
+                error = plain_error(host.wait(f"r{number}")[-1], "WorkerStopping")
+                assert error["started"] is False
+            gate.touch()
+            assert host.result("first") == 1
+            host.ack("first")
+            drained.result(WAIT)
+        assert not list(tmp_path.glob("r*"))
 
     def test_a_host_that_is_gone_leaves_no_reader_behind(self, tmp_path: Path) -> None:
         """Its connection ends while reading pauses: what waits is dropped, and the run is cancelled."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,7 +109,7 @@ class HostConnection:
                     return
                 self._pass_on(item, obey)
                 del item
-                if self._is_over:  # there may be many to be obeyed at once
+                if self._parked:  # there may be many to be obeyed at once
                     await asyncio.sleep(0)
                 while self._must_wait() and not writer.done():
                     await self._wait_for_room(obey)
@@ -147,6 +148,11 @@ class HostConnection:
             return True
         too_many = self.host is not None and len(self.host.runs) + spare >= self._max_in_flight
         return too_many and not self._is_over and self._closing is None
+
+    def read_on(self) -> None:
+        """Pass on everything from now on: no run is accepted any more, and each is to be told."""
+        self._max_in_flight = sys.maxsize
+        self.has_room()
 
     def has_room(self) -> None:
         """Go on reading, if that had to wait and need not any more."""
@@ -262,8 +268,9 @@ class HostConnection:
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether everything that was to be sent is written."""
-        return self._idle_writer is not None and not self._idle_writer.done() and not self._queue
+        """Tell whether everything that was to be sent is written, and all that was read obeyed."""
+        is_waiting = self._idle_writer is not None and not self._idle_writer.done()
+        return is_waiting and not self._queue and not self._parked
 
     @property
     def waiting_bytes(self) -> int:

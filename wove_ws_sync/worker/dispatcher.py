@@ -381,6 +381,7 @@ class Dispatcher:
         """Tell the host, if it knows of draining, and have its connection say when it is idle."""
         connection.on_idle = self._check_drain
         connection.write_through()
+        connection.read_on()
         if "drain" in connection.greeting.features:
             assert self._drain_until is not None
             left = max(0.0, self._drain_until - self._loop.time())
