@@ -6,8 +6,10 @@ import.
 
 import logging
 
+from ._progress import Progress
 from ._version import __version__
 from .aio import AsyncWebSocketEnvironmentExecutor
+from .current import CurrentRun, current_run
 from .errors import (
     AuthenticationRejected,
     ConnectionLost,
@@ -26,17 +28,20 @@ __all__ = [
     "AsyncWebSocketEnvironmentExecutor",
     "AuthenticationRejected",
     "ConnectionLost",
+    "CurrentRun",
     "DeliveryCancelled",
     "DeliveryTimeout",
     "ExecutorClosed",
     "ForkedError",
     "HandshakeRejected",
     "PayloadError",
+    "Progress",
     "RunFuture",
     "SyncWebSocketEnvironmentExecutor",
     "WebSocketExecutor",
     "__version__",
     "config",
+    "current_run",
     "install",
     "uninstall",
 ]

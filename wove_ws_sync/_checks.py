@@ -10,12 +10,27 @@ import difflib
 import math
 import numbers
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["Check", "flag", "only", "or_none", "path", "refusal", "seconds", "show", "unknown", "whole"]
+__all__ = [
+    "Check",
+    "context_vars",
+    "flag",
+    "only",
+    "or_none",
+    "path",
+    "refusal",
+    "seconds",
+    "show",
+    "unknown",
+    "whole",
+]
+
+_VARIABLE = re.compile(r"\w+(?:\.\w+)*:\w+(?:\.\w+)*")
 
 # (label for the message, value, remedy) -> the value to keep.
 Check = Callable[[str, Any, str], Any]
@@ -91,6 +106,20 @@ def path(label: str, value: Any, remedy: str) -> str:
     if not text or "\0" in text:
         raise ValueError(refusal(label, "the path of a PEM file", value, remedy))
     return text
+
+
+def context_vars(label: str, value: Any, remedy: str) -> tuple[str, ...]:
+    """Return the names of context variables, each as ``module:attribute``."""
+    wanted = 'a list of names such as "myapp.context:request_id", of a module that workers have too'
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(refusal(label, wanted, value, remedy))
+    names = tuple(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(refusal(label, wanted, value, remedy))
+        if not _VARIABLE.fullmatch(name) or name.startswith("__main__:"):
+            raise ValueError(refusal(label, wanted, name, remedy))
+    return names
 
 
 def only(supported: str) -> Check:

@@ -14,6 +14,8 @@ from typing import Any
 from uuid import uuid4
 
 from . import _fork, payloads
+from ._carry import Carrier
+from ._observe import OnEvent
 from ._run_future import RunFuture
 from .errors import ExecutorClosed
 from .options import DeliveryOptions, LinkOptions
@@ -25,8 +27,10 @@ __all__ = ["ExecutorCore", "Owner"]
 class ExecutorCore:
     """What an executor and its ``with_options`` views share."""
 
-    def __init__(self, options: LinkOptions, environment: str) -> None:
+    def __init__(self, options: LinkOptions, environment: str, on_event: OnEvent | None = None) -> None:
         self.options = options
+        self.on_event = on_event
+        self.carrier = Carrier(options.context_vars)
         self.environment = environment
         # Guards the session, the set of futures and the closed flag.
         self.lock = threading.Lock()
@@ -75,7 +79,7 @@ class ExecutorCore:
                 "type": "run_task",
                 "run_id": future.run_id,
                 "task_id": future.run_id.rpartition(":")[0],
-                **payloads.encode_frame({"callable": fn, "args": kwargs}),
+                **payloads.encode_frame({"callable": self.carrier.wrap(fn), "args": kwargs}),
                 "delivery": delivery.as_frame(kwargs),
             }
             session.submit(command, delivery, future._on_event, wait=send, flush=send)

@@ -176,6 +176,9 @@ class LinkThreads(LinkEnds):
                     effects += self._take_notice(connection, event, now)
                     continue
                 proven = True
+                if kind in frames.EXTENDED_EVENTS and not connection.offers(kind):
+                    self._table.dropped["type"] += 1
+                    continue
                 ended = kind in frames.TERMINAL_EVENTS
                 if ended and not self._table.waits_elsewhere(event["run_id"], generation):
                     arrived.append(event["run_id"])

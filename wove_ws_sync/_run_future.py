@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from . import _fork
 from ._condition import Condition
+from ._observe import Observed, OnEvent
 from .errors import DeliveryCancelled, ForkedError
 from .frames import TERMINAL_EVENTS
 from .session import Session, exiting
@@ -27,13 +28,15 @@ _ENDED = (_CANCELLED, concurrent.futures._base.CANCELLED_AND_NOTIFIED, _FINISHED
 
 
 class Keeper(Protocol):
-    """Who keeps a future until its run has ended."""
+    """Who keeps a future until its run has ended; ``on_event`` is told of every event before."""
+
+    on_event: OnEvent | None
 
     def ended(self, future: RunFuture[Any]) -> None:
         """Let go of *future*; called in whichever thread ends it, perhaps more than once."""
 
 
-class RunFuture(concurrent.futures.Future[_T]):
+class RunFuture(Observed, concurrent.futures.Future[_T]):
     """The future of one run. ``run_id`` names it in logs, events and errors.
 
     The result is unpickled once, by the first thread that asks. Thread-safe.
@@ -200,6 +203,7 @@ class RunFuture(concurrent.futures.Future[_T]):
 
     def _on_event(self, event: dict[str, Any]) -> None:
         """Take one event frame: the run's sink."""
+        self._observe(event, self._keeper.on_event)
         kind = event["type"]
         if kind == "task_started":
             self._started = True

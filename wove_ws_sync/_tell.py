@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._run import Run
+from .current import unheard
 from .frames import TERMINAL_EVENTS
 
 __all__ = ["host_log", "note", "tell"]
@@ -23,6 +24,8 @@ _task_log = logging.getLogger("wove_ws_sync.task")
 def tell(run: Run, event: dict[str, Any], extra: Mapping[str, Any], *, own_thread: bool) -> None:
     """Give *event* to the run's sink; in one of the link's own threads nothing that it raises gets out."""
     kind = event["type"]
+    if run.attempt > 1:
+        event["attempt"] = run.attempt
     if host_log.isEnabledFor(logging.DEBUG):
         details = {**extra, "event_type": kind, "task_id": run.task_id}
         note(host_log, logging.DEBUG, "%s %s", kind, run.run_id, extra=details)
@@ -54,12 +57,16 @@ def _nobody(event: dict[str, Any]) -> None:
 
 def _forward(run: Run, event: dict[str, Any]) -> None:
     """Give a task's log record to this side's logging."""
-    level = logging.getLevelNamesMapping().get(str(event.get("level", "INFO")).upper(), logging.INFO)
+    name, created = str(event.get("level", "INFO")), event.get("created")
+    level = logging.getLevelNamesMapping().get(name.upper(), logging.INFO)
     if _task_log.isEnabledFor(level):
         extra = {
             "action": "log",
             "run_id": run.run_id,
             "task_id": run.task_id,
             "task_logger": event.get("logger"),
+            "task_level": name,
+            "task_created": created if type(created) in (int, float) else None,
         }
-        note(_task_log, level, "%s", event.get("message", ""), extra=extra)
+        with unheard():  # a worker service in this process must not send it again
+            note(_task_log, level, "%s", event.get("message", ""), extra=extra)

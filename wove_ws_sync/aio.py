@@ -16,6 +16,7 @@ from typing import Any
 import wove
 
 from . import payloads, security
+from ._carry import Carrier
 from .errors import DeliveryTimeout
 from .frames import TERMINAL_EVENTS
 from .link import LinkState
@@ -68,7 +69,8 @@ class _Group:
     of them it means, so every inbox gets every event; Wove ignores runs it does not know.
     """
 
-    def __init__(self, session: Session, run_config: Mapping[str, Any]) -> None:
+    def __init__(self, session: Session, run_config: Mapping[str, Any], carrier: Carrier) -> None:
+        self.carrier = carrier
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task()
         self.session = session
@@ -98,7 +100,8 @@ class _Group:
 
     def sink(self, event: dict[str, Any]) -> None:
         """Take an event from one of the link's threads; many events make one wake-up."""
-        if event["type"] in SPARABLE and self.session.drops(self._waiting()):
+        kind = event["type"]  # Wove's receiver raises for progress, which it does not know
+        if kind == "progress" or (kind in SPARABLE and self.session.drops(self._waiting())):
             return
         self._arrived.append(event)
         if not self._scheduled:
@@ -184,7 +187,8 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         options = security.link_options(environment_config)
         group = self._joinable(options)
         if group is None:
-            group = _Group(open_session(options, environment_name), run_config)
+            carrier = Carrier(options.context_vars)
+            group = _Group(open_session(options, environment_name), run_config, carrier)
             try:
                 if group.session.link.state is not LinkState.READY:
                     await asyncio.to_thread(group.session.connect)
@@ -212,7 +216,7 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
             group.session.abandon()
             return
         delivery = frame_delivery(frame, group.defaults)
-        command = payloads.encode_frame(frame)
+        command = payloads.encode_frame(group.carrier.wrap_frame(frame))
         size = sum(len(value) for value in command.values() if isinstance(value, bytes))
         if size <= _INLINE_BYTES and group.session.link.has_room(size + _FRAME_BYTES):
             run = group.submit(command, delivery)
@@ -258,7 +262,7 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         here = _current.get({}).get(self)
         if here is None or here[0].task is not asyncio.current_task() or not here[0].starts:
             return None
-        if here[0].session.link.options != options:
+        if here[0].session.link.options != options or here[0].carrier.names != options.context_vars:
             raise RuntimeError(
                 "One executor instance was given to environments with different settings in one weave; "
                 'give each environment its own instance, or executor="websocket".'

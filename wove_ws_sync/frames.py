@@ -11,10 +11,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
+from ._progress import read as read_progress
+
 __all__ = [
     "COMMANDS",
     "EVENTS",
     "EXTENDED_COMMANDS",
+    "EXTENDED_EVENTS",
     "FEATURES",
     "NOTICES",
     "TERMINAL_EVENTS",
@@ -34,9 +37,11 @@ TERMINAL_EVENTS = frozenset({"task_result", "task_error", "task_cancelled"})
 EVENTS = TERMINAL_EVENTS | {"task_started", "heartbeat", "log"}
 
 #: The extensions of this version, and the frames that only they bring: commands to the worker
-#: service, and notices to the host, which are about no run.
-FEATURES = ("resume", "ack", "drain")
+#: service, events (of the extension with the same name), and notices to the host, which are
+#: about no run.
+FEATURES = ("resume", "ack", "drain", "progress")
 EXTENDED_COMMANDS = frozenset({"resume", "event_ack", "detach_task", "attach_task"})
+EXTENDED_EVENTS = frozenset({"progress"})
 NOTICES = frozenset({"resume_state", "draining"})
 
 
@@ -65,6 +70,8 @@ class EventFrame(TypedDict, total=False):
     message: str
     level: str
     logger: str
+    done: float
+    total: float | None
 
 
 class InvalidMessage(ValueError):
@@ -161,9 +168,18 @@ def _fault(item: Any) -> str:
         return "type"
     if kind in NOTICES:
         return ""
-    if kind not in EVENTS:
+    if kind not in EVENTS and kind not in EXTENDED_EVENTS:
         return "type"
     run_id = item.get("run_id")
     if not isinstance(run_id, str) or not run_id:
         return "run_id"
+    return _fault_of_progress(item) if kind == "progress" else ""
+
+
+def _fault_of_progress(item: dict[str, Any]) -> str:
+    """Check a ``progress`` event and bound it, in place."""
+    progress = read_progress(item)
+    if progress is None:
+        return "shape"
+    item.update(progress._asdict())
     return ""

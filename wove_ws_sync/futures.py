@@ -21,6 +21,7 @@ from wove.runtime import runtime
 
 from . import _fork, security
 from ._executor_core import ExecutorCore, Owner
+from ._observe import OnEvent
 from ._run_future import RunFuture
 from .errors import ExecutorClosed
 from .link import Link
@@ -42,10 +43,22 @@ class WebSocketExecutor(concurrent.futures.Executor):
     *url* and the keywords of ``executor_config`` say where; *environment* takes everything
     from ``wove.config`` instead; ``delivery_*`` keywords say how runs are delivered. All
     executors with the same settings share one connection, which is dialled on first use.
+    *on_event* is called with every event frame of this executor's runs, logs and progress
+    included and pickles left out, before the future knows of it; in the thread that brings it:
+    mostly the reader, so it must be quick. What it raises is logged.
     Thread-safe. Source: PEP 3148.
     """
 
-    def __init__(self, url: str | None = None, *, environment: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        environment: str | None = None,
+        on_event: OnEvent | None = None,
+        **settings: Any,
+    ) -> None:
+        if on_event is not None and not callable(on_event):
+            raise TypeError(f"on_event must be callable, not {type(on_event).__name__}.")
         config: dict[str, Any] = {}
         delivery: dict[str, Any] = {}
         if environment is not None:
@@ -59,7 +72,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
         self._delivery = DeliveryOptions(
             **{key: value for key, value in delivery.items() if value is not None}
         )
-        self._core = ExecutorCore(security.link_options(config), environment or "")
+        self._core = ExecutorCore(security.link_options(config), environment or "", on_event)
         self._owner = Owner(self._core)
 
     def __repr__(self) -> str:

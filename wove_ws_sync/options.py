@@ -62,6 +62,7 @@ class LinkOptions:
     seal: str = "off"
     worker_auth: str = "off"
     result_format: str = "pickle"
+    context_vars: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # not the link's
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LinkOptions:
@@ -151,6 +152,7 @@ _CHECKS: dict[str, _checks.Check] = {
     "seal": _checks.only("off"),
     "worker_auth": _checks.only("off"),
     "result_format": _checks.only("pickle"),
+    "context_vars": _checks.context_vars,
 }
 _KEYS = frozenset(_CHECKS) | {"url", "security", "headers"}
 

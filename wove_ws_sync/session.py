@@ -31,7 +31,7 @@ _all_links: weakref.WeakSet[Link] = weakref.WeakSet()
 _links_lock = threading.Lock()
 _exiting = False
 #: Events that a receiver can do without.
-SPARABLE = frozenset({"log", "heartbeat"})
+SPARABLE = frozenset({"log", "heartbeat", "progress"})
 # So many events may wait for a receiver before those are dropped.
 _MOST_WAITING = 10_000
 

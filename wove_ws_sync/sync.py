@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from . import _fork, payloads, security
+from ._carry import Carrier
 from .errors import ExecutorClosed
 from .frames import COMMANDS
 from .link import Link
@@ -28,10 +29,13 @@ class SyncWebSocketEnvironmentExecutor:
     """Send command frames and receive event frames from any thread, without an event loop.
 
     The frames and their keys are Wove's. All methods are thread-safe; several threads
-    may send and receive at once, and each event goes to one of the receivers.
+    may send and receive at once, and each event goes to one of the receivers. With *progress*
+    :meth:`recv` also returns ``progress`` frames, which Wove does not know.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, progress: bool = False) -> None:
+        self._progress = progress
+        self._carrier = Carrier()
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._defaults: dict[str, Any] = {}
@@ -68,12 +72,14 @@ class SyncWebSocketEnvironmentExecutor:
         raised: HandshakeRejected, TimeoutError, ConnectionError, ssl.SSLError, OSError.
         """
         options = security.link_options(environment_config)
+        carrier = Carrier(options.context_vars)
         session = open_session(options, environment_name)
         try:
             session.connect()
         except BaseException:
             session.close()
             raise
+        self._carrier = carrier
         self._replace(session, run_defaults(run_config))
 
     def send(self, frame: Mapping[str, Any]) -> None:
@@ -90,8 +96,9 @@ class SyncWebSocketEnvironmentExecutor:
             session, events = self._started(), self._events
         kind = check_frame(frame)
         if kind == "run_task":
-            delivery, encoded = frame_delivery(frame, self._defaults), payloads.encode_frame(frame)
-            session.submit(encoded, delivery, _bounded(session, events))
+            encoded = payloads.encode_frame(self._carrier.wrap_frame(frame))
+            delivery = frame_delivery(frame, self._defaults)
+            session.submit(encoded, delivery, self._sink(session, events))
         elif kind == "cancel_task":
             session.cancel(frame["run_id"])
         else:
@@ -108,7 +115,7 @@ class SyncWebSocketEnvironmentExecutor:
         with self._lock:
             session, events = self._started(), self._events
         options = DeliveryOptions.from_mapping({**self._defaults, **delivery})
-        session.attach(run_id, options, _bounded(session, events))
+        session.attach(run_id, options, self._sink(session, events))
 
     @property
     def link(self) -> Link | None:
@@ -147,22 +154,26 @@ class SyncWebSocketEnvironmentExecutor:
             previous.close()
             events.put(None)  # whoever waits in recv() hears of it
 
+    def _sink(
+        self, session: Session, events: SimpleQueue[dict[str, Any] | None]
+    ) -> Callable[[dict[str, Any]], None]:
+        """Return a sink that puts into *events* what is asked for and not to be dropped."""
+
+        def put(event: dict[str, Any]) -> None:
+            kind = event["type"]
+            if kind in SPARABLE and (session.drops(events.qsize()) or (kind == "progress" and not wanted)):
+                return
+            events.put(event)
+
+        wanted = self._progress
+        return put
+
     def _started(self) -> Session:
         session = self._session
         if session is None:
             raise RuntimeError(NOT_STARTED)
         session.check_process()
         return session
-
-
-def _bounded(session: Session, events: SimpleQueue[Any]) -> Callable[[dict[str, Any]], None]:
-    """Return a sink that puts into *events* what is not to be dropped."""
-
-    def put(event: dict[str, Any]) -> None:
-        if event["type"] not in SPARABLE or not session.drops(events.qsize()):
-            events.put(event)
-
-    return put
 
 
 def check_frame(frame: Mapping[str, Any]) -> str:

@@ -102,7 +102,7 @@ def test_the_handshake_offers_the_extensions(make: Callable[..., Fixture]) -> No
     fixture.redial()
     until(lambda: len(fixture.headers) == 2)
     first, second = fixture.headers
-    assert first["X-Wove-Sync"] == "1; f=resume,ack,drain"
+    assert first["X-Wove-Sync"] == "1; f=resume,ack,drain,progress"
     assert first["X-Wove-Resume-Window"] == "7.5"
     assert len(first["X-Wove-Host"]) == 32 and first["X-Wove-Host"] == second["X-Wove-Host"]
 

@@ -9,9 +9,10 @@ from typing import Any, assert_type
 import wove
 
 import wove_ws_sync
+from wove_ws_sync.progress import track
 from wove_ws_sync.testing import LoopbackWorker
 
-__all__ = ["blocking", "environments", "errors", "futures", "worker"]
+__all__ = ["blocking", "context", "environments", "errors", "futures", "worker"]
 
 
 def double(number: int, *, times: int = 1) -> int:
@@ -35,6 +36,26 @@ def futures() -> None:
         concurrent.futures.wait([future, hasty.submit(double, 2)])
         standard.shutdown(wait=True, cancel_futures=True)
     wove_ws_sync.WebSocketExecutor(environment="socket_workers").shutdown()
+
+
+def context() -> None:
+    run = wove_ws_sync.current_run()
+    assert_type(run, wove_ws_sync.CurrentRun)
+    assert_type(wove_ws_sync.current_run(None), wove_ws_sync.CurrentRun | None)
+    assert_type(run.run_id, str)
+    assert_type(run.cancelled(), bool)
+    run.heartbeat()
+    run.progress(1)
+    run.progress(0.5, 2, "half of it")
+    events: list[dict[str, Any]] = []
+    with wove_ws_sync.WebSocketExecutor(
+        "ws://127.0.0.1:8765/wove", on_event=events.append, context_vars=["myapp.context:request_id"]
+    ) as pool:
+        future = pool.submit(double, 1)
+        assert_type(future.progress, wove_ws_sync.Progress | None)
+        future.add_progress_callback(lambda each: print(each.progress))
+        assert_type(track([future], total=1, description="doubling"), Iterator[wove_ws_sync.RunFuture[int]])
+    wove_ws_sync.SyncWebSocketEnvironmentExecutor(progress=True)
 
 
 def blocking() -> dict[str, Any]:

@@ -19,8 +19,12 @@ PACKAGE = Path(wove_ws_sync.__file__).parent
 # for every module of that folder.
 LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (
-        *(frozenset({name}) for name in ("errors", "timing", "_condition", "_fork", "_version", "_waker")),
+        *(
+            frozenset({name})
+            for name in ("errors", "timing", "_carry", "_condition", "_fork", "_version", "_waker")
+        ),
         frozenset({"options", "_address", "_checks", "_security_config"}),
+        frozenset({"current", "_progress"}),
     ),
     tuple(frozenset({name}) for name in ("frames", "payloads", "security")),
     (
@@ -42,11 +46,13 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.logs",
                 "worker.metrics",
                 "worker.outbox",
+                "worker.pacing",
                 "worker.parked",
                 "worker.runs",
                 "worker.sendqueue",
                 "worker.shelf",
                 "worker.statistics",
+                "worker.voice",
             }
         ),
     ),
@@ -66,9 +72,10 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
             }
         ),
     ),
-    (frozenset({"session"}),),
+    (frozenset({"session"}), frozenset({"_observe"})),
     (
         frozenset({"sync", "futures", "_executor_core", "_run_future", "aio", "plugin", ""}),
+        frozenset({"progress"}),
         frozenset(
             {
                 "worker",
@@ -94,12 +101,15 @@ OUTSIDE = {
     "dask": {"worker.dask_engine"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},
+    "rich": {"progress"},
+    "tqdm": {"progress"},
     "watchfiles": {"cli._worker_reload"},
 }
 
 PUBLIC = {
     "AsyncWebSocketEnvironmentExecutor",
     "AuthenticationRejected",
+    "CurrentRun",
     "ConnectionLost",
     "DeliveryCancelled",
     "DeliveryTimeout",
@@ -107,11 +117,13 @@ PUBLIC = {
     "ForkedError",
     "HandshakeRejected",
     "PayloadError",
+    "Progress",
     "RunFuture",
     "SyncWebSocketEnvironmentExecutor",
     "WebSocketExecutor",
     "__version__",
     "config",
+    "current_run",
     "install",
     "uninstall",
 }
@@ -229,7 +241,7 @@ def test_import_is_light() -> None:
     program = (
         "import logging, sys, threading, wove_ws_sync\n"
         "heavy = {'django', 'celery', 'gevent', 'requests', 'opentelemetry', 'websockets', 'cryptography'}\n"
-        "heavy |= {'prometheus_client'}\n"
+        "heavy |= {'prometheus_client', 'tqdm', 'rich'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "assert threading.enumerate() == [threading.main_thread()], threading.enumerate()\n"
         "[handler] = logging.getLogger('wove_ws_sync').handlers\n"

@@ -236,6 +236,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "seal": "off",
         "worker_auth": "off",
         "result_format": "pickle",
+        "context_vars": (),
     }
 
 

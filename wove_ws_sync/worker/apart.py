@@ -24,11 +24,19 @@ def execute(job: Job) -> None:
 
 
 def perform(command: RunTask, limit: int) -> list[tuple[str, bytes]]:
-    """Execute the task of *command* and return all that the job reports, its end last."""
+    """Execute the task of *command* and return what it logs and its end, which comes last.
+
+    What it says of its progress would be stale by then.
+    """
     reports: list[tuple[str, bytes]] = []
+
+    def report(kind: str, event: bytes) -> None:
+        if kind in ("log", "ended"):
+            reports.append((kind, event))
+
     logs.install()
     try:
-        execute(Job(command, lambda kind, event: reports.append((kind, event)), limit))
+        execute(Job(command, report, limit))
     finally:
         logs.uninstall()
     return reports

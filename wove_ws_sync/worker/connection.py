@@ -84,6 +84,7 @@ class HostConnection:
         self._parked = Parked()
         self._beat_alarm: Alarm | None = None
         self._is_over = False  # nothing more can be read
+        self._progressing: set[Run] = set()  # those of which a report of progress is queued
         self._idle_writer: asyncio.Future[None] | None = None
         self._full_reader: asyncio.Future[None] | None = None
         self._must_flush = False
@@ -308,6 +309,19 @@ class HostConnection:
         run.beat_queued = False
         return b"" if run.state is RunState.ENDED else life_event(run.run_id, run.task_id, started=False)
 
+    def progress(self, run: Run) -> None:
+        """Send the newest progress of *run* to a host that knows of it, unless one waits already."""
+        if run.progress is None or run in self._progressing or "progress" not in self.greeting.features:
+            return
+        self._progressing.add(run)
+        self.send_later(len(run.progress), functools.partial(self._progress_of, run))
+
+    def _progress_of(self, run: Run) -> bytes:
+        self._progressing.discard(run)
+        if run.owner is not self.host or run.progress is None or len(run.progress) > self.greeting.limit:
+            return b""
+        return run.progress
+
     def log(self, event: bytes) -> None:
         """Send a log event, unless too many wait already."""
         if len(event) > self.greeting.limit or not self._queue.put_log(event):
@@ -317,6 +331,7 @@ class HostConnection:
 
     def _forget_queue(self) -> None:
         self._queue.clear()
+        self._progressing.clear()
         _wake(self._full_reader)
 
     async def _write(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -227,6 +228,7 @@ class Dispatcher:
                 self._expect_beats(run)
                 if run.state is RunState.RUNNING:
                     host.connection.send(life_event(run.run_id, run.task_id, started=True))
+                    host.connection.progress(run)
         for kept in ended:
             self._tell_end(kept.run, kept.event)
         self._stop_jobs(stopped)
@@ -265,11 +267,12 @@ class Dispatcher:
             self._expect_beats(found)
             started = found.state is RunState.RUNNING
             host.connection.send(life_event(found.run_id, found.task_id, started=started))
+            host.connection.progress(found)
 
     # Events
 
     def _happened(self, run: Run, kind: str, event: bytes) -> None:
-        """Take what a job reports of *run*: "started", "log" or "ended"."""
+        """Take what a job reports of *run*: see ``jobs.Report``."""
         owner = run.owner
         if kind == "started":
             if owner.runs.started(run):
@@ -282,8 +285,11 @@ class Dispatcher:
             else:
                 self._counters["late_result"] += 1
             run.job = None  # the two know each other, which only the collector would undo
-        elif run.state is RunState.RUNNING and _is_heard(run):
-            owner.connection.log(event)
+        elif run.state is RunState.RUNNING:
+            if kind == "progress":
+                said, now = json.loads(event), self._loop.time()
+                self.statistics.progressed(run, said["done"], said["total"], said["message"], now)
+            _said(run, kind, event)
 
     def _end(self, run: Run, event: bytes) -> None:
         """Keep the terminal event of a run that has just ended, and tell its host."""
@@ -425,6 +431,18 @@ class Dispatcher:
 def _is_heard(run: Run) -> bool:
     """Tell whether a host is there and wants to hear of *run*."""
     return run.owner.connection is not None and run.run_id not in run.owner.unconfirmed
+
+
+def _said(run: Run, kind: str, event: bytes) -> None:
+    """Take what a task says while it runs; its newest progress is also for a host that comes later."""
+    if kind == "progress":
+        run.progress = event
+    if _is_heard(run):
+        connection: HostConnection = run.owner.connection
+        if kind == "log":
+            connection.log(event)
+        else:
+            (connection.progress if kind == "progress" else connection.beat)(run)
 
 
 def _stopping(run: Run | RunTask, *, started: bool) -> bytes:

@@ -8,21 +8,22 @@ task out, be it SystemExit; never touches a socket.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from .. import payloads
+from .. import current, payloads
 from ..frames import encode
 from .commands import RunTask
 from .events import cancelled_event, error_event, plain_error
-from .logs import log_sink
+from .voice import Voice
 
 __all__ = ["Job", "Report"]
 
-#: Gets ("started" | "log" | "ended", the encoded event), from the thread of the task.
+#: Gets ("started" | "progress" | "heartbeat" | "log" | "ended", the encoded event), from any thread.
 Report = Callable[[str, bytes], None]
 #: Takes over an awaitable, to be driven on a loop in the given context.
 Adopt = Callable[["Job", Awaitable[Any], contextvars.Context], None]
@@ -43,6 +44,7 @@ class Job:
         "_command",
         "_limit",
         "_report",
+        "_voice",
         "abandoned",
         "attempts",
         "cancel_requested",
@@ -56,6 +58,7 @@ class Job:
         self._command = command
         self._report = report
         self._limit = limit
+        self._voice: Voice | None = None
         self.abandoned = False
         self.attempts = 0  # the engine's
         self.cancel_requested = False
@@ -97,8 +100,10 @@ class Job:
     def _run(self, adopt: Adopt) -> None:
         if self.abandoned:
             return
-        log_sink.set(self._log)
-        head = {"type": "task_started", "run_id": self._command.run_id, "task_id": self._command.task_id}
+        run_id, task_id = self._command.run_id, self._command.task_id
+        self._voice = Voice(self, run_id, task_id, self._report)
+        current.enter(current.CurrentRun(run_id, task_id, self._voice), self._voice)
+        head = {"type": "task_started", "run_id": run_id, "task_id": task_id}
         self._report("started", encode(head))
         try:
             function, args = self._unpickle()
@@ -159,13 +164,10 @@ class Job:
             raise TypeError("args_pickle must hold a dictionary of keyword arguments")
         return function, args
 
-    def _log(self, fields: Mapping[str, Any]) -> None:
-        if self.done or self.abandoned:
-            return
-        head = {"type": "log", "run_id": self._command.run_id, "task_id": self._command.task_id}
-        self._report("log", encode({**head, **fields}))
-
     def _end(self, event: bytes) -> None:
+        if self._voice is not None:
+            self._voice.close()
+            self._voice = None  # the two know each other, which only the collector would undo
         self.done = True
         self._report("ended", event)
 
@@ -192,6 +194,9 @@ class Job:
 
     def _failed(self, exc: BaseException) -> None:
         """Report the task's own exception."""
+        if self.cancel_requested and isinstance(exc, concurrent.futures.CancelledError):
+            self._cancelled()
+            return
         if self.abandoned:
             self._end(b"")
             return

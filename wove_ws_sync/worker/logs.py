@@ -1,7 +1,8 @@
 """Log records of tasks, on their way to the host.
 
-Owns: the handler on the root logger and the ContextVar that says which run is being
-executed. Never: forwards records of this package or of websockets, never hurts the task.
+Owns: the handler on the root logger. Never: forwards records of this package or of the
+WebSocket libraries, nor those that come about while a record is handled, so that nothing
+goes round in circles; never hurts the task.
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["TaskLogHandler", "install", "log_sink", "uninstall"]
+from ..current import log_sink, unheard
 
-#: Takes the fields of one log event of the run whose code is executing; None outside of tasks.
-log_sink: ContextVar[Callable[[Mapping[str, Any]], None] | None] = ContextVar("log_sink", default=None)
+__all__ = ["TaskLogHandler", "install", "uninstall"]
 
 _MAX_TEXT = 16 * 1024
-_OWN = ("wove_ws_sync", "websockets")
+_OWN = ("wove_ws_sync", "websockets", "websocket")
 
 _lock = threading.Lock()  # guards _users and whether the handler is on the root logger
 _users = 0
@@ -31,11 +29,12 @@ class TaskLogHandler(logging.Handler):
     def handle(self, record: logging.LogRecord) -> bool:
         """Emit without the handler's lock: formatting runs user code, which may block for long."""
         sink = log_sink.get()
-        if sink is not None and record.name.partition(".")[0] not in _OWN:
-            try:
-                sink(_fields(record))
-            except Exception:
-                self.handleError(record)
+        if sink is not None and record.name.partition(".")[0] not in _OWN and sink.admits_log():
+            with unheard():
+                try:
+                    sink.log(_fields(record))
+                except Exception:
+                    self.handleError(record)
         return True
 
 

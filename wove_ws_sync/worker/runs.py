@@ -50,8 +50,8 @@ class Run:
 
     ``shared`` is the execution whose outcome it gets with others, None if it has its own.
     ``origin`` names the host that let go of it, if one did; ``acknowledged`` says that its
-    terminal event has arrived; ``began_at`` is when its task began, None until then, and
-    ``record`` is of the Statistics until it ends.
+    terminal event has arrived; ``began_at`` is when its task began, None until then,
+    ``progress`` is the newest event of that kind, and ``record`` is of the Statistics until it ends.
     """
 
     __slots__ = (
@@ -65,6 +65,7 @@ class Run:
         "origin",
         "orphan_policy",
         "owner",
+        "progress",
         "record",
         "run_id",
         "shared",
@@ -85,6 +86,7 @@ class Run:
         self.shared: Any = None
         self.record: Any = None
         self.began_at: float | None = None
+        self.progress: bytes | None = None
         self.state = RunState.QUEUED
         self.acknowledged = False
         self.beat_queued = False  # a heartbeat waits to be sent; another would say nothing new
