@@ -10,7 +10,7 @@ import concurrent.futures
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TextIO, TypeVar
 
 from ._progress import Progress
@@ -19,6 +19,8 @@ __all__ = ["Progress", "track"]
 
 _F = TypeVar("_F", bound="concurrent.futures.Future[Any]")
 _LIBRARIES = ("tqdm", "rich")
+# When nothing has come for so many seconds, what was not drawn yet is drawn.
+_SETTLED = 0.2
 
 
 def track(
@@ -62,6 +64,9 @@ class _Bar(Protocol):
     def show(self, position: float, message: str) -> None:
         """Move to *position*, in runs."""
 
+    def settle(self) -> None:
+        """Draw what was shown a moment ago, as nothing more may come for long."""
+
     def close(self) -> None:
         """Leave the bar as it is."""
 
@@ -78,9 +83,12 @@ class _News:
         if not self._is_closed:
             self._queue.put(future)
 
-    def get(self) -> set[Any]:
-        """Wait for news, and return every future that they are about."""
-        fresh = {self._queue.get()}
+    def get(self, timeout: float | None) -> set[Any]:
+        """Wait for news, and return every future that they are about; none when *timeout* is over."""
+        try:
+            fresh = {self._queue.get(timeout=timeout)}
+        except Empty:
+            return set()
         while not self._queue.empty():  # nobody else takes from it
             fresh.add(self._queue.get())
         return fresh
@@ -100,25 +108,37 @@ def _tracked(waiting: dict[_F, None], make_bar: Any) -> Iterator[_F]:
     parts = {future: _fraction(future) for future in waiting}
     ended = 0
     bar: _Bar = make_bar()
+    is_drawn = False
     try:
+        bar.show(sum(parts.values()), _message(waiting))
         while waiting:
-            fresh = news.get() & waiting.keys()
-            message = ""
+            fresh = news.get(None if is_drawn else _SETTLED)
+            if not fresh:
+                bar.settle()
+                is_drawn = True
+                continue
+            fresh &= waiting.keys()
             for future in fresh:
                 parts[future] = 0.0 if future.done() else _fraction(future)
-                progress: Progress | None = getattr(future, "progress", None)
-                message = (progress.message if progress is not None else "") or message
+            message = _message(fresh)
             done = [future for future in fresh if future.done()]
             for future in done:
                 del waiting[future], parts[future]
             ended += len(done)
             bar.show(ended + sum(parts.values()), message)
+            is_drawn = False
             fresh.clear()
             while done:
                 yield done.pop()  # what is yielded is forgotten here
     finally:
         news.close()
         bar.close()
+
+
+def _message(futures: Iterable[Any]) -> str:
+    """Return what one of the runs says; "" if none says anything."""
+    reports = (getattr(future, "progress", None) for future in futures)
+    return next((report.message for report in reports if report is not None and report.message), "")
 
 
 def _fraction(future: Any) -> float:
@@ -138,6 +158,9 @@ class _Tqdm:
         self._bar.n = round(position, 2)
         self._bar.update(0)  # draws, unless it did a moment ago
 
+    def settle(self) -> None:
+        self._bar.refresh()
+
     def close(self) -> None:
         self._bar.refresh()
         self._bar.close()
@@ -149,7 +172,7 @@ class _Rich:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:g}/{task.total:g}"),
             TimeRemainingColumn(),
@@ -163,6 +186,9 @@ class _Rich:
         if message:
             self._bar.update(self._task, message=message)
         self._bar.update(self._task, completed=round(position, 2))
+
+    def settle(self) -> None:
+        pass  # rich draws ten times a second by itself
 
     def close(self) -> None:
         self._bar.stop()
