@@ -128,7 +128,7 @@ class TestInFlight:
             assert [future.result(WAIT) for future in holding[1:]] == list(range(1, limit))
             peak = max(peak, resident(worker.pid))
             stats = pool.link.stats()
-        assert peak - before < 96 * MIB
+        assert peak - before < 48 * MIB  # without the limit it is more than that
         assert stats["connects"] == 1, stats
 
     @pytest.mark.parametrize("extensions", ["", EVERYTHING])
