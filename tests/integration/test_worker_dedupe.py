@@ -162,7 +162,7 @@ class TestWhatIsNotKept:
     """After an error or a cancellation a retry executes again."""
 
     def test_an_error(self, worker: LoopbackWorker, ledger: Path) -> None:
-        """Each of those that shared it got it."""
+        """It is not given out again."""
         args = {"folder": str(ledger), "run": "fails", "delivery": keyed("fails")}
         with RawHost(worker) as host:
             for run_id in ("first", "second"):
