@@ -50,6 +50,29 @@ def record_and_produce(folder: str, run: str, size: int) -> bytes:
     return b"x" * size
 
 
+def record_and_await(folder: str, run: str, gate: str) -> Any:
+    """Hold as a call, then return an awaitable. Runs in the worker."""
+
+    async def rest() -> str:
+        return run
+
+    record_and_hold(folder, run, gate)
+    return rest()
+
+
+async def record_and_swallow(folder: str, run: str) -> str:
+    """Return a result whatever happens; wait for a cancellation the first time. Runs in the worker."""
+    import asyncio
+    import contextlib
+    import pathlib
+
+    record(folder, run)
+    with contextlib.suppress(asyncio.CancelledError):
+        if len(pathlib.Path(folder, run).read_text().splitlines()) == 1:
+            await asyncio.sleep(600)
+    return run
+
+
 async def record_and_sleep(folder: str, run: str) -> None:
     """Runs in the worker."""
     import asyncio
@@ -253,6 +276,38 @@ class TestCancel:
             assert host.result("a2") == "a"
             assert host.is_quiet()
         assert executions(ledger) == {"busy": 1, "a": 1}
+
+    def test_one_that_stopped_nothing_is_not_passed_on(self, ledger: Path, tmp_path: Path) -> None:
+        """A call goes on and then returns an awaitable: that is driven for a run that came later."""
+        gate = tmp_path / "gate"
+        args = {"folder": str(ledger), "run": "late", "gate": str(gate)}
+        delivery = keyed("late", delivery_cancel_mode="require_ack")
+        with ServiceThread() as service, RawHost(service, headers={}) as host:
+            host.run(record_and_await, "first", delivery=delivery, **args)
+            host.wait("first", "task_started")
+            wait_until(lambda: executions(ledger)["late"] == 1)
+            host.cancel("first")
+            host.run(record_and_await, "second", delivery=delivery, **args)
+            host.wait("second", "task_started")
+            gate.touch()
+            ends = [host.event() for _ in range(2)]
+            assert {event["run_id"]: event["type"] for event in ends} == dict.fromkeys(
+                ("first", "second"), "task_result"
+            )
+        assert executions(ledger) == {"late": 1}
+
+    def test_one_that_was_swallowed_leaves_a_result(self, ledger: Path) -> None:
+        """The host has it, so the work is done, and a retry gets it."""
+        args = {"folder": str(ledger), "run": "done", "delivery": keyed("done")}
+        with ServiceThread() as service, RawHost(service, headers={}) as host:
+            host.run(record_and_swallow, "first", **args)
+            host.wait("first", "task_started")
+            wait_until(lambda: executions(ledger)["done"] == 1)
+            host.cancel("first")
+            assert host.result("first") == "done"
+            host.run(record_and_swallow, "second", **args)
+            assert host.result("second") == "done"
+        assert executions(ledger) == {"done": 1}
 
     def test_a_host_that_is_gone(self, worker: LoopbackWorker, ledger: Path, tmp_path: Path) -> None:
         """Its run ends with it; what the run began goes on for another host."""

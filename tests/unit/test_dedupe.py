@@ -137,6 +137,22 @@ class TestDedupe:
         dedupe.ended(second, result("r2", b"second"), 2.0)
         assert dedupe.replay(KEY, a_run("r3"), 2.0) == result("r3", b"second")
 
+    def test_the_result_of_what_was_closed_is_kept_where_nothing_newer_is(self) -> None:
+        """A cancellation came too late for it: the work is done, and a retry must not do it again."""
+        dedupe = Dedupe(300.0)
+        first = begun(dedupe, KEY, "r1")
+        dedupe.close(first)
+        second = begun(dedupe, KEY, "r2")
+        dedupe.ended(second, result("r2", b"second"), 1.0)
+        dedupe.ended(first, result("r1", b"first"), 2.0)
+        assert dedupe.replay(KEY, a_run("r3"), 2.0) == result("r3", b"second")
+        alone = begun(dedupe, ("owner", "other work"), "r4")
+        dedupe.close(alone)
+        dedupe.ended(alone, result("r4"), 3.0)
+        assert dedupe.replay(("owner", "other work"), a_run("r5"), 3.0) == result("r5")
+        dedupe.expire(303.0)
+        assert (len(dedupe), dedupe.bytes) == (0, 0)
+
     def test_bytes_are_bounded(self) -> None:
         """The oldest result makes room; one that is larger than all the room is not kept at all."""
         dedupe = Dedupe(300.0, max_bytes=100_000)

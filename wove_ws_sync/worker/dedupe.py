@@ -100,17 +100,20 @@ class Dedupe:
             del self._shared[shared.key]
 
     def ended(self, shared: Shared, result: bytes | None, now: float) -> None:
-        """Note the end of an execution; keep *result*, its event, if it is one and anybody waited for it."""
-        is_current = self._shared.get(shared.key) is shared
+        """Note the end of an execution; keep *result*, its event, if it is one and anybody waited for it.
+
+        Something closed may end so, too; what has begun, or ended, since then counts more.
+        """
         self.close(shared)
-        if result is None or not is_current or self._window <= 0:
+        self.expire(now)
+        is_newest = shared.key not in self._shared and shared.key not in self._results
+        if result is None or not is_newest or self._window <= 0:
             return
         size = len(result) + len(shared.key[1]) + _OVERHEAD
         if size > self._max_bytes:
             return
         self._results[shared.key] = _Result(result, (shared.run_id, shared.task_id), now, size)
         self.bytes += size
-        self.expire(now)
         while self.bytes > self._max_bytes:
             self._drop_first()
 

@@ -79,6 +79,8 @@ class Executions:
         if shared is None:
             return False
         shared.add(run)
+        # A cancel that stopped nothing may have been asked for; this run must not end by it.
+        shared.job.cancel_requested = False
         if shared.began_at is not None:
             self._happened(run, "started", life_event(run.run_id, run.task_id, started=True))
         return True
@@ -115,12 +117,14 @@ class Executions:
         if isinstance(source, Run):
             self._happened(source, kind, event)
             return
-        for run in list(source.runs):
+        waiting = list(source.runs)
+        for run in waiting:
             run.began_at = source.began_at
             if kind == "ended":
                 source.leave(run)
             self._happened(run, kind, source.event_for(run, event))
         if kind == "ended":
-            self._dedupe.ended(source, event if is_result(event) else None, self._loop.time())
+            result = event if waiting and is_result(event) else None
+            self._dedupe.ended(source, result, self._loop.time())
             self._alarm.arm()
             source.job = None  # the two know each other, which only the collector would undo
