@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -16,11 +17,14 @@ from typing import Any
 __all__ = [
     "Unpicklable",
     "busy",
+    "ends_behind",
     "ends_itself",
     "fails",
     "forks",
     "hold_interpreter",
     "hold_until",
+    "leaves_a_task",
+    "leaves_a_thread",
     "logs_and_returns",
     "make_broken",
     "make_nothing",
@@ -47,6 +51,39 @@ def slow_square(number: int, seconds: float = 0.02) -> int:
 async def square_later(number: int) -> int:
     await asyncio.sleep(0.01)
     return number * number
+
+
+async def leaves_a_thread(gate: str) -> str:
+    """Return while a thread of the loop's executor is busy until the file *gate* exists."""
+    asyncio.get_running_loop().run_in_executor(None, hold_until, gate)
+    await asyncio.sleep(0)
+    return gate
+
+
+async def leaves_a_task(gate: str) -> str:
+    """Return while a task ignores that it is cancelled, until the file *gate* exists."""
+
+    async def stay() -> None:
+        while not os.path.exists(gate):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    left = asyncio.create_task(stay())
+    await asyncio.sleep(0)
+    assert not left.done()
+    return gate
+
+
+async def ends_behind(gate: str) -> str:
+    """Return although a task that it started raised SystemExit."""
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    left = asyncio.create_task(leave())
+    while not left.done():
+        await asyncio.sleep(0.01)
+    return gate
 
 
 def fails(text: str) -> None:

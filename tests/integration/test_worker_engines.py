@@ -17,11 +17,14 @@ import wove
 from dask_cluster import DaskCluster
 from engine_tasks import (
     busy,
+    ends_behind,
     ends_itself,
     fails,
     forks,
     hold_interpreter,
     hold_until,
+    leaves_a_task,
+    leaves_a_thread,
     logs_and_returns,
     meet,
     returns_twice,
@@ -118,6 +121,22 @@ def test_a_queued_run_is_cancelled_for_good(worker: LoopbackWorker, tmp_path: Pa
         assert pool.submit(square, 3).result(WAIT) == 9
         with pytest.raises(DeliveryCancelled):
             last.result(WAIT)
+
+
+@pytest.mark.parametrize("coroutine", [leaves_a_thread, leaves_a_task, ends_behind])
+def test_what_a_coroutine_leaves_behind_holds_up_nobody(
+    worker: LoopbackWorker, tmp_path: Path, coroutine: Any
+) -> None:
+    """Its result counts, and its slot executes the next one, though ``asyncio.run`` would wait or raise."""
+    gate = tmp_path / "gate"
+    with pool_of(worker) as pool:
+        try:
+            for _ in range(4):  # more than there are slots
+                assert pool.submit(coroutine, str(gate)).result(WAIT / 2) == str(gate)
+            futures = [pool.submit(square, number) for number in range(8)]
+            assert [future.result(WAIT / 2) for future in futures] == [n * n for n in range(8)]
+        finally:
+            gate.touch()
 
 
 def test_woves_own_executor_is_served(worker: LoopbackWorker) -> None:

@@ -66,6 +66,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.engines",
                 "worker.executions",
                 "worker.future_engine",
+                "worker.loops",
                 "worker.process_child",
                 "worker.process_engine",
                 "worker.thread_engine",

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 from collections.abc import Awaitable
 from typing import Any
 
 from . import logs
 from .commands import RunTask
 from .jobs import Job
+from .loops import finish
 
 __all__ = ["execute", "perform"]
+
+_logger = logging.getLogger("wove_ws_sync.worker")
 
 
 def execute(job: Job) -> None:
@@ -43,4 +47,14 @@ def perform(command: RunTask, limit: int) -> list[tuple[str, bytes]]:
 
 
 def _drive(job: Job, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
-    context.run(asyncio.run, job.drive(awaitable))
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    task = loop.create_task(job.drive(awaitable), context=context)
+    while not task.done():
+        try:
+            loop.run_until_complete(task)
+        except BaseException:  # a SystemExit out of a task that the coroutine started ends here
+            if not task.done():
+                _logger.warning("A background task of a coroutine tried to end the worker.", exc_info=True)
+    finish(loop)
+    task.result()  # raises what reporting raised

@@ -18,6 +18,7 @@ from typing import Any
 
 from .engines import check_workers, default_threads
 from .jobs import Job
+from .loops import finish
 from .runs import Stopped
 
 __all__ = ["ThreadEngine"]
@@ -160,14 +161,4 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
             _logger.warning("A background task of a coroutine tried to end the worker.", exc_info=True)
         else:
             break
-    try:
-        for task in (left := asyncio.all_tasks(loop)):
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left, timeout=0.2))
-        loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), 0.2))
-    except BaseException:
-        _logger.debug("The task loop did not end in order.", exc_info=True)
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
+    finish(loop)
