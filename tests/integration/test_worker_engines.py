@@ -34,7 +34,7 @@ from engine_tasks import (
     unpicklable,
     where,
 )
-from fault_helpers import WAIT, until
+from fault_helpers import WAIT, python, until
 from wove.environment import EnvironmentExecutionError, WebSocketEnvironmentExecutor
 
 from wove_ws_sync import DeliveryCancelled, WebSocketExecutor
@@ -261,6 +261,28 @@ def test_an_idle_process_that_is_killed_costs_nothing(processes: LoopbackWorker)
             assert list(pool.map(square, range(50))) == [number * number for number in range(50)]
 
 
+def test_many_idle_processes_that_are_killed_cost_nothing(tmp_path: Path) -> None:
+    """More of them than a job may end before it counts as what ends them."""
+    count = 6
+    with LoopbackWorker(workers=count, args=["--engine", "processes"]) as worker, pool_of(worker) as pool:
+        for turn in range(2):
+            begun = [tmp_path / f"{turn}-{number}" for number in range(count)]
+            gate = tmp_path / f"gate-{turn}"
+            holding = [pool.submit(marks_and_holds, str(marker), str(gate)) for marker in begun]
+            for marker in begun:
+                until(marker.exists)
+            gate.touch()
+            for pid in [future.result(WAIT) for future in holding]:
+                os.kill(pid, signal.SIGKILL)
+            assert [pool.submit(square, number).result(WAIT) for number in range(4)] == [0, 1, 4, 9]
+
+
+def marks_and_holds(marker: str, gate: str) -> int:
+    Path(marker).touch()
+    hold_until(gate)
+    return os.getpid()
+
+
 def test_a_burst_of_deaths_and_cancels_loses_no_run(processes: LoopbackWorker) -> None:
     """Every third run kills its process, every fifth is cancelled: each of 60 ends once, and as it should."""
     with pool_of(processes) as pool:
@@ -308,6 +330,67 @@ def test_no_process_outlives_the_service(tmp_path: Path) -> None:
             worker.kill()
             until(lambda: not any(is_alive(pid) for pid in children))
             assert future.exception(WAIT) is not None
+
+
+CLOSES_WHILE_ONE_ARRIVES = """
+    import sys, threading
+    from wove_ws_sync.worker.process_engine import ProcessEngine
+
+    engine = ProcessEngine(1)
+    arrived, welcome = threading.Event(), engine._welcome
+
+    def welcome_late(connection):
+        arrived.set()
+        engine._closing.wait()
+        welcome(connection)
+
+    engine._welcome = welcome_late
+    threading.Thread(target=engine.start, daemon=True).start()
+    assert arrived.wait(30)
+    print(engine.close(30), flush=True)
+"""
+
+
+def test_an_engine_is_closed_while_a_process_arrives() -> None:
+    """Nobody accepts any more when close() connects to end that: it must not wait for an answer."""
+    out, err, code = python(CLOSES_WHILE_ONE_ARRIVES)
+    assert (out.split(), code) == (["True"], 0), err
+
+
+CANCELS_WHAT_ENDED = """
+    import os, sys, time
+    from engine_tasks import ends_itself
+    from wove_ws_sync import payloads
+    from wove_ws_sync.worker import process_engine
+    from wove_ws_sync.worker.commands import RunTask
+    from wove_ws_sync.worker.jobs import Job
+
+    engine = process_engine.ProcessEngine(1)
+    engine.start()
+    pid = engine._slots[0].child.pid
+    killed = []
+    os.killpg = lambda pid, number: killed.append(pid)
+
+    def dismiss(child):
+        engine.cancel(job)
+        return 0
+
+    process_engine._Child.dismiss = dismiss
+    pickles = payloads.encode_value(ends_itself), payloads.encode_value({"code": 0})
+    ended = process_engine.threading.Event()
+    command = RunTask("run", "task", *pickles, None, "best_effort")
+    job = Job(command, lambda kind, event: kind == "ended" and ended.set(), 1 << 20)
+    engine.submit(job)
+    assert ended.wait(30)
+    print(killed, flush=True)
+    engine.close(30)
+"""
+
+
+def test_a_process_that_is_gone_is_not_killed() -> None:
+    """Its number may be another's by the time its run is cancelled."""
+    out, err, code = python(CANCELS_WHAT_ENDED)
+    assert (out.split(), code) == (["[]"], 0), err
 
 
 def children_of(pid: int) -> list[int]:

@@ -123,8 +123,8 @@ class ProcessEngine:
                 inbox.put(None)
             self._changed.notify_all()
         if self._listener is not None:
-            with contextlib.suppress(Exception):  # what waits in accept() has to be woken
-                Client(self._listener.address, authkey=self._key).close()
+            with contextlib.suppress(Exception):  # what waits in accept() has to be woken, if it still does:
+                Client(self._listener.address).close()  # so nothing is said, nor waited for
             self._listener.close()
         self._start_thread(f"wove-ws-closer-{next(_numbers)}", self._end_pools)
         for thread in self._threads:
@@ -228,6 +228,11 @@ class ProcessEngine:
             slot.job = None
             return slot.child is not None
 
+    def lost(self, slot: _Slot) -> None:
+        """Note that the process of *slot* is gone, and its number may be another's."""
+        with self._changed:
+            slot.child = None
+
     def put_back(self, slot: _Slot, job: Job) -> bool:
         """Let another process have a job that did not begin; return whether that is wanted."""
         with self._changed:
@@ -319,8 +324,10 @@ class _Slot:
     def _execute(self, child: _Child, job: Job) -> tuple[bool, bool]:
         """Return whether the job began, and whether it ended."""
         begun = False
-        job.attempts += 1
         try:
+            if job.attempts and child.connection.poll():  # this one as well ended while it was idle
+                return False, False
+            job.attempts += 1
             child.connection.send(job.order())
             while True:
                 kind = child.connection.recv_bytes().decode("ascii")
@@ -336,6 +343,7 @@ class _Slot:
 
     def _lost(self, child: _Child, job: Job, *, begun: bool) -> None:
         """End a job whose process is gone."""
+        self._engine.lost(self)
         code = child.dismiss()
         if not begun and self._engine.put_back(self, job):
             return
