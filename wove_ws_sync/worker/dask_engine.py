@@ -56,8 +56,9 @@ class DaskEngine(FutureEngine):
         return 0
 
     def _withdraw(self, job: Job) -> bool:
-        if job.abandoned and job.future is not None:
-            job.future.cancel()  # frees what Dask keeps of it, and takes it from its queue
+        future = job.future  # which its callback, in another thread, takes away
+        if job.abandoned and future is not None:
+            future.cancel()  # frees what Dask keeps of it, and takes it from its queue
         return False
 
     def _shut_down(self, executor: Executor) -> None:

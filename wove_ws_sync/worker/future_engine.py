@@ -89,6 +89,7 @@ class FutureEngine:
                 self._took_back()
                 job.relay("ended", self._broken(job, exc))
             else:
+                job.forget()  # its payload is the executor's now, or this kept it in memory twice
                 job.future.add_done_callback(functools.partial(self._done, job))
 
     def _give(self, job: Job) -> Future[list[tuple[str, bytes]]]:
@@ -151,7 +152,8 @@ class FutureEngine:
 
     def _withdraw(self, job: Job) -> bool:
         """Take back a job that the executor has; return whether it is certain that it never runs."""
-        return job.future is not None and job.future.cancel()
+        future = job.future  # which its callback, in another thread, takes away
+        return future is not None and future.cancel()
 
     def close(self, timeout: float) -> bool:
         """See Engine."""

@@ -20,7 +20,7 @@ from .apart import execute
 from .commands import RunTask
 from .jobs import Job, Report
 
-__all__ = ["serve"]
+__all__ = ["reporter", "serve"]
 
 
 def serve(address: Any, key: bytes, number: int, level: int, formatter: logging.Formatter | None) -> None:
@@ -41,25 +41,37 @@ def serve(address: Any, key: bytes, number: int, level: int, formatter: logging.
     jobs: SimpleQueue[tuple[RunTask, int]] = SimpleQueue()
     name = "wove-ws-service-0"
     threading.Thread(target=_receive, args=(connection, jobs), name=name, daemon=True).start()
-    lock = threading.Lock()  # around the two messages of a report: a task may log in several threads
-
-    def report(kind: str, event: bytes) -> None:
-        with lock:
-            connection.send_bytes(kind.encode("ascii"))
-            connection.send_bytes(event)
-
-    while True:
-        job = _next(jobs, report)
-        try:
-            execute(job)
-        except OSError:  # of the connection: the service is gone
-            os._exit(1)  # also that of a process which the task forked
+    try:
+        while True:
+            execute(_next(jobs, connection))
+    finally:  # the service is gone, or this is a process that the task forked, or nothing to rely on any more
+        os._exit(1)
 
 
-def _next(jobs: SimpleQueue[tuple[RunTask, int]], report: Report) -> Job:
+def _next(jobs: SimpleQueue[tuple[RunTask, int]], connection: Connection) -> Job:
     """Return the next job, whose payload nobody else keeps in memory."""
     command, limit = jobs.get()
-    return Job(command, report, limit)
+    return Job(command, reporter(connection), limit)
+
+
+def reporter(connection: Connection) -> Report:
+    """Return what sends the reports of one job, nothing after its end: by then others use the connection."""
+    lock = threading.Lock()  # around the two messages of a report: a task may log in several threads
+    ended = False
+
+    def report(kind: str, event: bytes) -> None:
+        nonlocal ended
+        if connection.closed:  # this is a process that a task forked
+            if kind != "ended":
+                return
+            raise OSError("no connection to the service")
+        with lock:
+            if not ended:
+                ended = kind == "ended"
+                connection.send_bytes(kind.encode("ascii"))
+                connection.send_bytes(event)
+
+    return report
 
 
 def _receive(connection: Connection, jobs: SimpleQueue[tuple[RunTask, int]]) -> None:
