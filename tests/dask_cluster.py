@@ -23,17 +23,21 @@ class DaskCluster:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._scheduler: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="dask-")
+        self._port = 0
         self.address = ""
 
     def __enter__(self) -> DaskCluster:
-        port = _free_port()
-        self.address = f"tcp://127.0.0.1:{port}"
-        self._scheduler = self._start(
-            "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"
-        )
-        until(lambda: _answers(port))
-        self.restore()
+        self._port = _free_port()
+        self.address = f"tcp://127.0.0.1:{self._port}"
+        self.begin()
         return self
+
+    def begin(self) -> None:
+        """Start the scheduler, at the same address each time, and as many workers as are missing."""
+        options = ["--host", "127.0.0.1", "--port", str(self._port), "--no-dashboard"]
+        self._scheduler = self._start("scheduler", *options)
+        until(lambda: _answers(self._port))
+        self.restore()
 
     def __exit__(
         self,
@@ -41,11 +45,15 @@ class DaskCluster:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.end()
+        self._folder.cleanup()
+
+    def end(self) -> None:
+        """Kill the scheduler and all workers."""
         assert self._scheduler is not None
         for process in [*self._workers, self._scheduler]:
             process.kill()
             process.wait()
-        self._folder.cleanup()
 
     @property
     def alive(self) -> int:

@@ -447,6 +447,23 @@ def test_losing_a_dask_worker_loses_no_run(cluster: DaskCluster) -> None:
     cluster.restore()
 
 
+def test_a_dask_scheduler_that_comes_back_is_used_again() -> None:
+    """Away for longer than Dask's client is patient: runs are refused, retryably, until it is back."""
+    with DaskCluster(workers=1) as own, LoopbackWorker(args=["--engine", f"dask:{own.address}"]) as worker:
+        with pool_of(worker) as pool:
+            assert pool.submit(square, 3).result(WAIT) == 9
+            own.end()
+
+            def is_refused() -> bool:
+                error = pool.submit(square, 3).exception(WAIT)
+                assert isinstance(error, EnvironmentExecutionError) and error.payload["retryable"] is True
+                return "closed" in str(error) or "was lost" in str(error)
+
+            until(is_refused)
+            own.begin()
+            until(lambda: pool.submit(square, 3).exception(WAIT) is None)
+
+
 def test_an_executor_that_broke_is_made_anew() -> None:
     """The standard library's pool of processes is of no use after one of them died."""
     with LoopbackWorker(args=["--engine", "engine_tasks:make_processes"]) as worker, pool_of(worker) as pool:

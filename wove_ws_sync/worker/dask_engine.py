@@ -7,7 +7,11 @@ cannot stop what runs, and does not tell what has begun.
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
+import contextlib
+import itertools
+import logging
+import threading
+from concurrent.futures import Executor, Future
 from typing import Any
 
 from .engines import EngineError
@@ -16,8 +20,13 @@ from .jobs import Job
 
 __all__ = ["DaskEngine"]
 
+_logger = logging.getLogger("wove_ws_sync.worker")
+_numbers = itertools.count()
+
 #: How long the scheduler may take to answer, in seconds.
 _CONNECT_TIMEOUT = 10
+#: Between two attempts to find it again, in seconds.
+_PAUSE = 1.0
 
 
 class DaskEngine(FutureEngine):
@@ -29,6 +38,8 @@ class DaskEngine(FutureEngine):
         super().__init__(self._connect, name=f"dask:{address}", workers=workers)
         self._address = address
         self._client: Any = None
+        self._ending = threading.Event()
+        self._searching = threading.Lock()  # held while a thread looks for the scheduler
 
     def _connect(self) -> Executor:
         try:
@@ -51,6 +62,42 @@ class DaskEngine(FutureEngine):
 
     def _make(self) -> Executor:
         return self._connect()
+
+    def _give(self, job: Job) -> Future[list[tuple[str, bytes]]]:
+        """Refuse jobs, which may be run again, once the client has closed itself: its patience is short."""
+        self._refuse_if_lost()
+        future = super()._give(job)
+        self._refuse_if_lost()  # what a client gets while it closes itself has no end
+        return future
+
+    def _refuse_if_lost(self) -> None:
+        if self._client.status in ("closing", "closed"):
+            if self._searching.acquire(blocking=False):
+                name = f"wove-ws-dask-{next(_numbers)}"
+                threading.Thread(target=self._search, name=name, daemon=True).start()
+            raise EngineError(f"the connection to the scheduler at {self._address} was lost")
+
+    def _search(self) -> None:
+        """Replace the client as soon as the scheduler answers."""
+        before = self._client
+        try:
+            while not self._ending.is_set():
+                with contextlib.suppress(EngineError):
+                    self._executor = self._connect()
+                    _logger.warning("The scheduler at %s answers again.", self._address)
+                    break
+                self._ending.wait(_PAUSE)
+            if self._ending.is_set():  # and close() knew of the one before, perhaps
+                self._client.close()
+        finally:
+            self._searching.release()
+        with contextlib.suppress(Exception):
+            before.close()  # ends its threads
+
+    def close(self, timeout: float) -> bool:
+        """See Engine."""
+        self._ending.set()
+        return super().close(timeout)
 
     def _size(self, executor: Any) -> int:
         return 0
