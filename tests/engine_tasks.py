@@ -9,12 +9,15 @@ import os
 import re
 import threading
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import wove_ws_sync
+
 __all__ = [
+    "Fickle",
     "Unpicklable",
     "busy",
     "ends_behind",
@@ -30,6 +33,7 @@ __all__ = [
     "make_nothing",
     "make_processes",
     "meet",
+    "reports_progress",
     "returns_twice",
     "slow_square",
     "square",
@@ -148,6 +152,27 @@ def meet(mine: str, other: str) -> int:
     while not os.path.exists(other):
         if time.monotonic() > ends_at:
             raise TimeoutError("the other one does not run")
+    return os.getpid()
+
+
+class Fickle(ThreadPoolExecutor):
+    """An executor that cancels by itself what it was given, as a client does that lost its cluster."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        gate = threading.Event()
+        super().submit(gate.wait)
+        future = super().submit(fn, *args, **kwargs)
+        threading.Timer(0.2, lambda: (future.cancel(), gate.set())).start()
+        return future
+
+
+def reports_progress(gate: str) -> int:
+    """Say how far it is, and go on when the file *gate* exists."""
+    wove_ws_sync.current_run().progress(3, 4, "nearly")
+    hold_until(gate)
     return os.getpid()
 
 

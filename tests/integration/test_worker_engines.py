@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from engine_tasks import (
     leaves_a_thread,
     logs_and_returns,
     meet,
+    reports_progress,
     returns_twice,
     slow_square,
     square,
@@ -403,6 +405,34 @@ def children_of(pid: int) -> list[int]:
                 if parent == pid:
                     found += [int(entry.name), *children_of(int(entry.name))]
     return found
+
+
+def test_progress_of_a_process_comes_while_it_runs(processes: LoopbackWorker, tmp_path: Path) -> None:
+    """To the future of the run, and to the status page of the service."""
+    gate = tmp_path / "gate"
+    address = processes.url.replace("ws://", "http://").removesuffix("/wove") + "/status.json"
+    with pool_of(processes) as pool:
+        future = pool.submit(reports_progress, str(gate))
+        until(lambda: future.progress is not None)
+        assert future.progress == (3, 4, "nearly")
+        with urllib.request.urlopen(address, timeout=WAIT) as answer:
+            assert "nearly" in answer.read().decode()
+        gate.touch()
+        assert future.result(WAIT) != processes.pid
+
+
+@pytest.mark.parametrize("mode", ["best_effort", "require_ack"])
+def test_what_an_executor_cancels_by_itself_has_an_end(mode: str) -> None:
+    """With nobody asking for it, and while a cancel waits for the end."""
+    worker = LoopbackWorker(args=["--engine", "engine_tasks:Fickle"])
+    with worker, pool_of(worker, delivery_cancel_mode=mode) as pool:
+        error = pool.submit(square, 3).exception(WAIT)
+        assert isinstance(error, EnvironmentExecutionError) and error.payload["kind"] == "EngineFailed"
+        cancelled = pool.submit(square, 4)
+        cancelled.cancel()
+        with contextlib.suppress(DeliveryCancelled, EnvironmentExecutionError):
+            cancelled.result(WAIT)
+        until(lambda: pool.link is not None and pool.link.stats()["runs"] == 0)
 
 
 def test_without_pebble_the_install_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,9 @@ __all__ = ["FutureEngine"]
 _logger = logging.getLogger("wove_ws_sync.worker")
 _numbers = itertools.count()
 
+#: In place of the number of attempts of a job that was taken back from the executor.
+_WITHDRAWN = -1
+
 
 class FutureEngine:
     """Run tasks on the executor that *factory* makes, which is shut down with the service.
@@ -125,7 +128,7 @@ class FutureEngine:
         try:
             reports = future.result(0)
         except CancelledError as exc:
-            if not job.cancel_requested:
+            if job.attempts != _WITHDRAWN and not job.abandoned:  # the executor's own decision
                 job.relay("ended", self._broken(job, exc))
         except BaseException as exc:  # of the executor: what a task raises is among the reports
             job.relay("ended", self._broken(job, exc))
@@ -153,7 +156,11 @@ class FutureEngine:
     def _withdraw(self, job: Job) -> bool:
         """Take back a job that the executor has; return whether it is certain that it never runs."""
         future = job.future  # which its callback, in another thread, takes away
-        return future is not None and future.cancel()
+        job.attempts = _WITHDRAWN  # before that is called
+        if future is not None and future.cancel():
+            return True
+        job.attempts = 1
+        return False
 
     def close(self, timeout: float) -> bool:
         """See Engine."""

@@ -169,7 +169,8 @@ class WorkerService:
             raise
         logs.install()
         self._warn()
-        _logger.info("Listening on %s with %d %s.", self.url, self._engine.workers, self._engine.name)
+        how_many = f"{self._engine.workers} " if self._engine.workers else ""
+        _logger.info("Listening on %s with %s%s.", self.url, how_many, self._engine.name)
         _logger.info("Its status page is %s.", f"http{self.url[2:].removesuffix(self._path)}/")
 
     async def _listen(self) -> Server:
