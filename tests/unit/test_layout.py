@@ -82,6 +82,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker",
                 "worker.connection",
                 "worker.dispatcher",
+                "worker.messenger",
                 "worker.pages",
                 "worker.service",
                 "worker.status",

@@ -1,14 +1,15 @@
-"""A timer of the event loop for something that knows by itself when it is due.
+"""Waiting on the event loop: for a moment that something knows by itself, for a state of things.
 
-Owns: one pending call of the loop. Never: decides what is due, never is one of many.
+Owns: one pending call of the loop; one wait at a time. Never: decides what is due or settled.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
-__all__ = ["Alarm"]
+__all__ = ["Alarm", "Settlement"]
 
 
 class Alarm:
@@ -46,3 +47,33 @@ class Alarm:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
+
+
+class Settlement:
+    """Wait until something is true that others change; they call :meth:`check` when they did."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._is_true: Callable[[], bool] | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._is_closed = False
+
+    async def wait_for(self, is_true: Callable[[], bool], timeout: float) -> None:
+        """Return when *is_true* says so, after *timeout* seconds, or when it is closed."""
+        self._is_true, self._wake = is_true, self._loop.create_future()
+        self.check()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake, timeout)
+        self._is_true = None
+
+    def check(self) -> None:
+        """Look whether it is true by now; costs next to nothing while nobody waits."""
+        if self._is_true is not None and self._wake is not None and (self._is_closed or self._is_true()):
+            self._is_true = None
+            if not self._wake.done():
+                self._wake.set_result(None)
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        self._is_closed = True
+        self.check()

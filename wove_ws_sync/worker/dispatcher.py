@@ -1,7 +1,8 @@
-"""What each command does, and who hears of each run.
+"""What each command does, and what each report of a job means.
 
-Owns: the hosts, the two timers (heartbeats and absences), what draining means. Never:
-executes user code (the engine's threads do), never reads or writes a socket.
+Owns: the hosts, the timer of their absences, what draining means; the ``Messenger`` tells
+hosts of their runs. Never: executes user code (the engine's threads do), never reads or
+writes a socket.
 
 Everything here happens on the event loop that serves connections. Threads reach it
 through the ``Outbox`` only.
@@ -10,7 +11,6 @@ through the ``Outbox`` only.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections import Counter
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..frames import encode
-from .alarm import Alarm
+from .alarm import Alarm, Settlement
 from .commands import (
     AttachTask,
     CancelTask,
@@ -37,16 +37,16 @@ from .engines import Engine
 from .events import (
     cancelled_event,
     error_event,
-    life_event,
     plain_error,
     queue_full_event,
     service_error,
 )
 from .executions import Executions
-from .host import Host, fitting, result_dropped
+from .host import Host
 from .hosts import HostTable
 from .kept import Kept
-from .runs import BeatSchedule, Run, RunState, Stopped
+from .messenger import Messenger
+from .runs import Run, RunState, Stopped
 from .shelf import Shelf
 from .statistics import Statistics
 
@@ -62,8 +62,6 @@ _NEEDS: dict[Any, str] = {
     "attach_task": "resume",  # a malformed one
     EventAck: "ack",
 }
-#: A terminal event up to this size waits to be written as it is: what stands for it is no smaller.
-_TINY = 1024
 #: What the last errors of a drain may take to be written, in seconds.
 _FLUSH_TIMEOUT = 1.0
 
@@ -85,16 +83,13 @@ class Dispatcher:
         self._counters = counters
         self._executions = Executions(loop, engine, self._happened, dedupe_window=dedupe_window)
         self._table = HostTable(counters, max_kept_bytes=max_kept_bytes)
-        self._max_kept_bytes = max_kept_bytes
         self._max_queue = max_queue
-        self._beats = BeatSchedule()
-        self._beat_alarm = Alarm(loop, self._beats.next_at, self._beat)
+        self._messenger = Messenger(loop, counters, max_kept_bytes=max_kept_bytes)
         self._away_alarm = Alarm(loop, self._table.next_at, self._end_absences)
         self._connections: set[HostConnection] = set()
         self.statistics = Statistics(loop.time())
         self._drain_until: float | None = None  # set once it begins; it never ends
-        self._settled: Callable[[], bool] | None = None  # what a drain waits for
-        self._wake_drain: asyncio.Future[None] | None = None
+        self._settlement = Settlement(loop)  # what a drain waits for
         self._closed = False
         self._commands: dict[type, Callable[[Host, Any], None]] = {
             RunTask: self._run_task,
@@ -135,7 +130,7 @@ class Dispatcher:
         if host.connection is connection:
             self._stop_jobs(self._table.leave(host, self._loop.time()))
             self._away_alarm.arm()
-        self._check_drain()
+        self._settlement.check()
 
     def _obey(self, connection: HostConnection, command: Command) -> None:
         if self._closed:
@@ -158,7 +153,7 @@ class Dispatcher:
         run = host.runs.accept(command, host)
         assert run is not None
         self.statistics.accepted(run, self._loop.time())
-        self._expect_beats(run)
+        self._messenger.expect_beats(run)
         owner, limit = host.connection.key, host.connection.greeting.limit
         if not self._executions.begin(run, command, owner, limit):
             self._counters["deduplicated_run"] += 1
@@ -177,9 +172,9 @@ class Dispatcher:
         host.unconfirmed.discard(run_id)
         found = host.find(run_id, self._loop.time())
         if isinstance(found, Kept):
-            self._tell_end(found.run, found.event)
+            self._messenger.ended(found.run, found.event)
         elif found is not None:
-            self._expect_beats(found)
+            self._messenger.expect_beats(found)
         return found is not None
 
     def _cancel_task(self, host: Host, command: CancelTask) -> None:
@@ -222,22 +217,19 @@ class Dispatcher:
     def _resume(self, host: Host, command: Resume) -> None:
         state, ended, stopped = host.resume(command, self._loop.time())
         host.connection.send_first(encode(state))
-        for run_id in state["alive"]:  # it may have begun while nobody heard
+        for run_id in state["alive"]:
             run = host.runs.get(run_id)
             if run is not None:
-                self._expect_beats(run)
-                if run.state is RunState.RUNNING:
-                    host.connection.send(life_event(run.run_id, run.task_id, started=True))
-                    host.connection.progress(run)
+                self._messenger.catch_up(run, answer=False)
         for kept in ended:
-            self._tell_end(kept.run, kept.event)
+            self._messenger.ended(kept.run, kept.event)
         self._stop_jobs(stopped)
         self._something_let_go()
 
     def _event_ack(self, host: Host, command: EventAck) -> None:
         if unknown := host.acknowledge(command.run_ids):
             self._counters["unknown_ack"] += unknown
-        self._check_drain()
+        self._settlement.check()
 
     def _detach_task(self, host: Host, command: DetachTask) -> None:
         displaced = host.let_go(command.run_id, self._loop.time())
@@ -246,7 +238,7 @@ class Dispatcher:
         else:
             self._stop_jobs(displaced)
             self._something_let_go()
-            self._check_drain()
+            self._settlement.check()
 
     def _something_let_go(self) -> None:
         """See to what may be on a shelf now: it takes room, and will expire."""
@@ -262,12 +254,9 @@ class Dispatcher:
                 service_error(command.run_id, command.task_id, "UnknownRun", message, retryable=False)
             )
         elif isinstance(found, Kept):
-            self._tell_end(found.run, found.event)
+            self._messenger.ended(found.run, found.event)
         else:
-            self._expect_beats(found)
-            started = found.state is RunState.RUNNING
-            host.connection.send(life_event(found.run_id, found.task_id, started=started))
-            host.connection.progress(found)
+            self._messenger.catch_up(found, answer=True)
 
     # Events
 
@@ -277,8 +266,7 @@ class Dispatcher:
         if kind == "started":
             if owner.runs.started(run):
                 self.statistics.started(run, self._loop.time())
-                if _is_heard(run):
-                    owner.connection.send(event)
+                self._messenger.started(run, event)
         elif kind == "ended":
             if owner.runs.ended(run):
                 self._end(run, event)
@@ -289,7 +277,7 @@ class Dispatcher:
             if kind == "progress":
                 said, now = json.loads(event), self._loop.time()
                 self.statistics.progressed(run, said["done"], said["total"], said["message"], now)
-            _said(run, kind, event)
+            self._messenger.said(run, kind, event)
 
     def _end(self, run: Run, event: bytes) -> None:
         """Keep the terminal event of a run that has just ended, and tell its host."""
@@ -300,43 +288,14 @@ class Dispatcher:
             self._table.make_room()
         if isinstance(run.owner, Shelf):
             self._away_alarm.arm()  # it will expire
-        self._tell_end(run, event)
+        self._messenger.ended(run, event)
         if run.owner.connection is not None:
             run.owner.connection.has_room()
-        if self._settled is not None:
-            self._check_drain()
-
-    def _tell_end(self, run: Run, event: bytes) -> None:
-        if not _is_heard(run):
-            return
-        host: Host = run.owner
-        connection, limit = host.connection, host.connection.greeting.limit
-        if host.kept is None and connection.waiting_bytes > self._max_kept_bytes:
-            dropped = result_dropped(run)
-            if len(dropped) < len(event):
-                self._counters["dropped_result"] += 1
-                event = dropped
-        if host.kept is None or len(event) <= _TINY:
-            connection.send(fitting(run, event, limit))
-        else:  # what is kept for the host is not kept in its queue as well
-            connection.send_later(len(event), lambda: fitting(run, host.end_of(run), limit))
-
-    def _expect_beats(self, run: Run) -> None:
-        """Have *run* beat from now on, if its host asked for that."""
-        if run.beat_interval is not None:
-            self._beats.add(run, self._loop.time())
-            self._beat_alarm.arm()
-
-    def _beat(self, now: float) -> None:
-        for run in self._beats.due(now):
-            if _is_heard(run):
-                run.owner.connection.beat(run)
-            else:
-                self._beats.remove(run)  # until somebody asks for it
+        self._settlement.check()
 
     def _end_absences(self, now: float) -> None:
         self._stop_jobs(self._table.due(now))
-        self._check_drain()
+        self._settlement.check()
 
     def _stop_jobs(self, runs: Iterable[Run]) -> None:
         """Stop what executes runs that have ended for everybody else."""
@@ -368,7 +327,7 @@ class Dispatcher:
         self._drain_until = self._loop.time() + timeout
         for connection in self._connections:
             self._announce_drain(connection)
-        await self._wait_until(self._is_settled, timeout)
+        await self._settlement.wait_for(self._is_settled, timeout)
         left = self._table.live_runs()
         for run in left:
             stopped = self._executions.stop_for_all(run)
@@ -376,7 +335,7 @@ class Dispatcher:
             run.owner.runs.ended(run)
             self._end(run, _stopping(run, started=stopped is not Stopped.WITHDRAWN))
         if left and not self._closed:
-            await self._wait_until(self._is_written, _FLUSH_TIMEOUT)
+            await self._settlement.wait_for(self._is_written, _FLUSH_TIMEOUT)
         return len(left)
 
     def counts(self) -> tuple[int, int]:
@@ -385,26 +344,13 @@ class Dispatcher:
 
     def _announce_drain(self, connection: HostConnection) -> None:
         """Tell the host, if it knows of draining, and have its connection say when it is idle."""
-        connection.on_idle = self._check_drain
+        connection.on_idle = self._settlement.check
         connection.write_through()
         connection.read_on()
         if "drain" in connection.greeting.features:
             assert self._drain_until is not None
             left = max(0.0, self._drain_until - self._loop.time())
             connection.send(encode({"type": "draining", "timeout": round(left, 3)}))
-
-    async def _wait_until(self, settled: Callable[[], bool], timeout: float) -> None:
-        self._settled, self._wake_drain = settled, self._loop.create_future()
-        self._check_drain()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake_drain, timeout)
-        self._settled = None
-
-    def _check_drain(self) -> None:
-        if self._settled is not None and self._wake_drain is not None and self._settled():
-            self._settled = None
-            if not self._wake_drain.done():
-                self._wake_drain.set_result(None)
 
     def _is_written(self) -> bool:
         return all(host.connection.is_idle for host in self._table.present())
@@ -417,32 +363,14 @@ class Dispatcher:
     async def close(self) -> None:
         """Close every connection with 1001, obey nothing more."""
         self._closed = True
-        self._settled = lambda: True
-        self._check_drain()
-        self._beat_alarm.stop()
+        self._settlement.close()
+        self._messenger.close()
         self._away_alarm.stop()
         self._executions.close()
         for connection in (connections := list(self._connections)):
             connection.on_idle = None
         if connections:
             await asyncio.wait([asyncio.create_task(each.close(1001)) for each in connections])
-
-
-def _is_heard(run: Run) -> bool:
-    """Tell whether a host is there and wants to hear of *run*."""
-    return run.owner.connection is not None and run.run_id not in run.owner.unconfirmed
-
-
-def _said(run: Run, kind: str, event: bytes) -> None:
-    """Take what a task says while it runs; its newest progress is also for a host that comes later."""
-    if kind == "progress":
-        run.progress = event
-    if _is_heard(run):
-        connection: HostConnection = run.owner.connection
-        if kind == "log":
-            connection.log(event)
-        else:
-            (connection.progress if kind == "progress" else connection.beat)(run)
 
 
 def _stopping(run: Run | RunTask, *, started: bool) -> bytes:
