@@ -7,11 +7,14 @@ cannot stop what runs, and does not tell what has begun.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import threading
-from concurrent.futures import Executor, Future
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Executor, Future, InvalidStateError
 from typing import Any
 
 from .engines import EngineError
@@ -27,6 +30,45 @@ _numbers = itertools.count()
 _CONNECT_TIMEOUT = 10
 #: Between two attempts to find it again, in seconds.
 _PAUSE = 1.0
+
+
+class _Cluster(Executor):
+    """A Dask client as an executor.
+
+    Dask has one of its own. That takes a result for an error if the worker that holds it is lost
+    in the moment in which it is fetched.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have the cluster call *fn*; see ``concurrent.futures.Executor``."""
+        # Dask takes calls with equal arguments for one and the same unless told that they are not pure.
+        distant = self._client.submit(fn, *args, **kwargs, pure=False)
+        future: Future[Any] = Future()
+        future.add_done_callback(functools.partial(_give_up, distant))
+        self._client.loop.add_callback(_fetch, distant, future)
+        return future
+
+
+def _give_up(distant: Any, future: Future[Any]) -> None:
+    if future.cancelled() and distant.status != "cancelled":
+        distant.cancel()
+
+
+async def _fetch(distant: Any, future: Future[Any]) -> None:
+    """Await a future of Dask, on its client's loop, and hand on what comes of it."""
+    try:
+        result = await distant
+    except (CancelledError, asyncio.CancelledError):
+        future.cancel()
+    except BaseException as exc:
+        with contextlib.suppress(InvalidStateError):  # it was cancelled
+            future.set_exception(exc)
+    else:
+        with contextlib.suppress(InvalidStateError):
+            future.set_result(result)
 
 
 class DaskEngine(FutureEngine):
@@ -57,8 +99,7 @@ class DaskEngine(FutureEngine):
                 f"No Dask scheduler answers at {self._address}: {str(exc) or type(exc).__name__}. "
                 "Start one with 'dask scheduler', or correct the address."
             ) from exc
-        # Dask takes calls with equal arguments for one and the same unless told that they are not pure.
-        return self._client.get_executor(pure=False)  # type: ignore[no-any-return]
+        return _Cluster(self._client)
 
     def _make(self) -> Executor:
         return self._connect()
