@@ -35,6 +35,7 @@ __all__ = [
     "meet",
     "reports_progress",
     "returns_twice",
+    "says_how_far",
     "slow_square",
     "square",
     "square_later",
@@ -174,6 +175,12 @@ def reports_progress(gate: str) -> int:
     wove_ws_sync.current_run().progress(3, 4, "nearly")
     hold_until(gate)
     return os.getpid()
+
+
+def says_how_far(total: int) -> int:
+    for done in range(1, total + 1):
+        wove_ws_sync.current_run().progress(done, total, "all" if done == total else "")
+    return total
 
 
 def logs_and_returns(text: str) -> str:

@@ -30,6 +30,7 @@ from engine_tasks import (
     meet,
     reports_progress,
     returns_twice,
+    says_how_far,
     slow_square,
     square,
     square_later,
@@ -108,6 +109,17 @@ def test_logs_of_a_task_come_to_the_host(worker: LoopbackWorker, caplog: pytest.
     with caplog.at_level(logging.INFO), pool_of(worker) as pool:
         assert pool.submit(logs_and_returns, "hear, hear").result(WAIT) == "hear, hear"
     assert [record.message for record in caplog.records if "hear, hear" in record.getMessage()] != []
+
+
+def test_the_last_progress_is_there_before_the_result(worker: LoopbackWorker) -> None:
+    """With engines that report at the end of a run as well."""
+    at_end: list[Any] = []
+    with pool_of(worker) as pool:
+        future = pool.submit(says_how_far, 1000)
+        future.add_done_callback(lambda done: at_end.append(future.progress))
+        assert future.result(WAIT) == 1000
+        until(lambda: at_end)
+    assert at_end == [(1000, 1000, "all")]
 
 
 @pytest.mark.parametrize("mode", ["best_effort", "require_ack"])

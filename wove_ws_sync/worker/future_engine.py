@@ -2,7 +2,7 @@
 
 Owns: how many jobs that executor is given at once, and what its futures mean. Never:
 unpickles what a task is or returns; that happens wherever the executor executes it, which
-needs this package there. What a task logs comes with its end.
+needs this package there. What a task says comes with its end.
 """
 
 from __future__ import annotations

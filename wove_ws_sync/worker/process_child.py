@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from multiprocessing.connection import Client, Connection
 from queue import SimpleQueue
 from typing import Any
@@ -56,20 +57,32 @@ def _next(jobs: SimpleQueue[tuple[RunTask, int]], connection: Connection) -> Job
 
 def reporter(connection: Connection) -> Report:
     """Return what sends the reports of one job, nothing after its end: by then others use the connection."""
-    lock = threading.Lock()  # around the two messages of a report: a task may log in several threads
-    ended = False
+    # Around the two messages of a report: a task may log in several threads. Reentrant, as a finalizer
+    # that logs may strike in the middle of a report; what it says waits its turn.
+    lock = threading.RLock()
+    waiting: deque[tuple[str, bytes]] = deque()
+    writing = ended = False
 
     def report(kind: str, event: bytes) -> None:
-        nonlocal ended
+        nonlocal ended, writing
         if connection.closed:  # this is a process that a task forked
             if kind != "ended":
                 return
             raise OSError("no connection to the service")
         with lock:
-            if not ended:
-                ended = kind == "ended"
-                connection.send_bytes(kind.encode("ascii"))
-                connection.send_bytes(event)
+            waiting.append((kind, event))
+            if writing:
+                return
+            writing = True
+            try:
+                while waiting:
+                    kind, event = waiting.popleft()
+                    if not ended:
+                        ended = kind == "ended"
+                        connection.send_bytes(kind.encode("ascii"))
+                        connection.send_bytes(event)
+            finally:
+                writing = False
 
     return report
 

@@ -41,6 +41,7 @@ class Voice:
 
     __slots__ = (
         "_bucket",
+        "_closed",
         "_head",
         "_job",
         "_latest",
@@ -62,9 +63,10 @@ class Voice:
         self._head = {"run_id": run_id, "task_id": task_id}
         self._report = report
         self._pid = os.getpid()
-        # Held while progress is reported, or an older one could pass it, and while records are
-        # counted. Reentrant: a finalizer may report or log in the middle of it.
+        # Held while anything is reported, so that nothing is after the end and no progress passes a
+        # newer one, and while records are counted. Reentrant: a finalizer may come in the middle.
         self._lock = threading.RLock()
+        self._closed = False
         self._latest: Progress | None = None
         self._told: Progress | None = None
         self._waits = False  # the pacer will look at _latest
@@ -76,7 +78,15 @@ class Voice:
 
     @property
     def _is_mute(self) -> bool:
-        return self._job.done or self._job.abandoned or os.getpid() != self._pid
+        return self._closed or self._job.done or self._job.abandoned or os.getpid() != self._pid
+
+    def _say(self, kind: str, event: bytes) -> None:
+        """Report, unless the run is over. In a forked child the lock may be held for ever."""
+        if self._is_mute:
+            return
+        with self._lock:
+            if not self._closed:
+                self._report(kind, event)
 
     @property
     def is_cancelled(self) -> bool:
@@ -88,7 +98,7 @@ class Voice:
         now = time.monotonic()
         if now >= self._next_beat and not self._is_mute:
             self._next_beat = now + _INTERVAL
-            self._report("heartbeat", life_event(self._head["run_id"], self._head["task_id"], started=False))
+            self._say("heartbeat", life_event(self._head["run_id"], self._head["task_id"], started=False))
 
     def tell(self, progress: Progress) -> None:
         """Report *progress* now, or leave that to the pacer if one was reported a moment ago."""
@@ -105,6 +115,8 @@ class Voice:
                 self._waits = False  # the next report, or the end, says it
 
     def _report_progress(self) -> None:
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._waits = False
             latest = self._latest
@@ -137,7 +149,7 @@ class Voice:
             return
         if self._suppressed and time.monotonic() >= self._summary_at:
             self._tell_suppressed()
-        self._report("log", encode({"type": "log", **self._head, **fields}))
+        self._say("log", encode({"type": "log", **self._head, **fields}))
 
     def _tell_suppressed(self) -> None:
         with self._lock:
@@ -149,11 +161,15 @@ class Voice:
                 f"{pacing.PROCESS_BURST} and then {pacing.PROCESS_RATE:g} a second."
             )
             own = {"level": "WARNING", "logger": "wove_ws_sync.task", "message": text, "created": time.time()}
-            self._report("log", encode({"type": "log", **self._head, **own}))
+            self._say("log", encode({"type": "log", **self._head, **own}))
 
     def close(self) -> None:
-        """Say what is still to be said; the end of the run follows."""
-        if self._latest is not self._told:
-            self._report_progress()
-        if self._suppressed and not self._is_mute:
-            self._tell_suppressed()
+        """Say what is still to be said, and nothing from then on; the end of the run follows."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:  # or what the pacer is about to report could come after the end
+            if self._latest is not self._told:
+                self._report_progress()
+            if self._suppressed and not self._is_mute:
+                self._tell_suppressed()
+            self._closed = True
