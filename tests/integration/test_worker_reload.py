@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,13 +42,20 @@ def write(directory: Path, answer: object) -> None:
     fresh.replace(directory / "answers_of_a_user.py")
 
 
-def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
-    """Read stderr up to a line with *text*."""
+def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
+    """Read stderr up to a line with *text*, and return that."""
     assert process.stderr is not None
-    for line in process.stderr:
-        if text in line:
-            return
-    pytest.fail(f"the worker ended without {text!r}")
+    seen = []
+    watchdog = threading.Timer(PATIENCE, process.kill)
+    watchdog.start()
+    try:
+        for line in process.stderr:
+            seen.append(line)
+            if text in line:
+                return line
+    finally:
+        watchdog.cancel()
+    pytest.fail(f"there is no {text!r} in:\n{''.join(seen)}")
 
 
 def start(directory: Path, *arguments: str) -> Any:
@@ -95,12 +105,8 @@ def test_other_files_change_nothing(worker: Any, tmp_path: Path) -> None:
     """Only *.py counts: the first change that is told is that of the module."""
     (tmp_path / "notes.txt").write_text("news", encoding="utf-8")
     write(tmp_path, 2)
-    for line in worker.stderr:
-        if "Starting anew" in line:
-            assert line.rstrip().endswith("for a change of answers_of_a_user.py.")
-            break
-    else:
-        pytest.fail("no reload")
+    line = wait_for_line(worker, "Starting anew")
+    assert line.rstrip().endswith("for a change of answers_of_a_user.py.")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -192,3 +198,23 @@ def test_the_service_ends_when_the_command_is_killed(worker: Any) -> None:
     assert pid != worker.pid
     worker.kill()
     worker.communicate(timeout=PATIENCE)  # stderr is the service's, too: its end is the end of both
+
+
+def test_a_port_that_somebody_has_for_a_moment_is_had_again(worker: Any, tmp_path: Path) -> None:
+    """Between the end of one service and the start of the next it is free for everybody."""
+    port = int(worker.url.rpartition(":")[2].partition("/")[0])
+    write(tmp_path, 2)
+    with socket.socket() as sock:
+
+        def takes_it() -> bool:
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                sock.listen()
+                return True
+            return False
+
+        until(takes_it)
+        wait_for_line(worker, "cannot listen on")
+    wait_for_line(worker, f"Listening on {worker.url}")
+    with WebSocketExecutor(worker.url) as pool:
+        assert pool.submit(ask).result(PATIENCE) == 2

@@ -23,6 +23,8 @@ __all__ = ["serve_reloading"]
 _logger = logging.getLogger("wove_ws_sync.worker")
 #: What runs when code changes may take this long to end, in seconds; it is stopped then.
 _GRACE = 2.0
+#: The exit code of a service that could not have its port. It was free for others between two services.
+_NO_PORT = 10
 #: How often, in milliseconds, to see whether the service is still there.
 _LOOK_INTERVAL = 500
 
@@ -76,10 +78,7 @@ class _Supervisor:
                 self._reload(changed)
                 told = False
             elif not told and not self._stopping.is_set() and self._has_ended():
-                _logger.error(
-                    "The service ended with %d; it is started when code changes.", self._last_code()
-                )
-                told = True
+                told = not self._try_again()
         return self._last_code()
 
     def _watch(self) -> Iterator[set[str]]:
@@ -118,6 +117,15 @@ class _Supervisor:
         self._service.end(_GRACE)
         if not self._stopping.is_set():
             self._start()
+
+    def _try_again(self) -> bool:
+        """Start the service again if somebody else has its port for a moment; tell the end of any other."""
+        code = self._last_code()
+        if code == _NO_PORT:
+            self._start()
+            return True
+        _logger.error("The service ended with %d; it is started when code changes.", code)
+        return False
 
     def _has_ended(self) -> bool:
         return self._service is not None and self._service.process.poll() is not None
