@@ -75,6 +75,14 @@ def start(directory: Path, *arguments: str) -> Any:
 
 
 @pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """Below a directory whose name would be left out if it were inside the one that is watched."""
+    directory = tmp_path / ".tox" / "user"
+    directory.mkdir(parents=True)
+    return directory
+
+
+@pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Any]:
     write(tmp_path, 1)
     process = start(tmp_path)

@@ -50,8 +50,12 @@ class _Supervisor:
     """Has one service at a time. All methods are called from the main thread, also by signals."""
 
     def __init__(self, settled: Settled, directories: list[str]) -> None:
+        import watchfiles
+
         options = settled.options
         self._directories = directories
+        self._roots = [os.path.abspath(directory) for directory in directories]
+        self._is_python = watchfiles.PythonFilter()
         self._until_stdin_closes: bool = options.until_stdin_closes
         self._stopping = threading.Event()
         self._service: _Service | None = None
@@ -88,13 +92,19 @@ class _Supervisor:
         logging.getLogger("watchfiles").setLevel(logging.WARNING)  # we tell what changed
         for changes in watchfiles.watch(
             *self._directories,
-            watch_filter=watchfiles.PythonFilter(),
+            watch_filter=self._is_code,
             stop_event=self._stopping,
             rust_timeout=_LOOK_INTERVAL,
             yield_on_timeout=True,
             raise_interrupt=False,
         ):
             yield {path for _, path in changes}
+
+    def _is_code(self, change: Any, path: str) -> bool:
+        """Tell whether a change counts; what the directories above ours are called does not matter."""
+        path = os.path.abspath(path)
+        inside = [root for root in self._roots if path.startswith(root + os.sep)]
+        return self._is_python(change, os.path.relpath(path, max(inside, key=len)) if inside else path)
 
     def _start(self) -> str:
         """Start a service and return its URL once it is ready, "" if it ended before."""
