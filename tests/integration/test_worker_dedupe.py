@@ -19,7 +19,6 @@ from wove_ws_sync import DeliveryCancelled, WebSocketExecutor
 from wove_ws_sync.testing import LoopbackWorker
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
-cloudpickle.register_pickle_by_value(sys.modules["ledger"])
 
 EVERYTHING = "resume,ack,drain"
 KEY = {"delivery_idempotency_key": "work"}
