@@ -8,6 +8,7 @@ loaded, or only in a certain thread.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import contextlib
@@ -155,25 +156,25 @@ class ScriptedWorker:
         self._listener.__exit__(*exc_info)
 
 
-class Face:
+class Face(abc.ABC):
     """One of our ways to run something; ``outcome`` returns a value or raises what a user gets."""
 
+    @abc.abstractmethod
     def submit(self, **delivery: Any) -> str:
         """Send a run and return its id."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def outcome(self, run_id: str) -> Any:
         """Return the result of the run, or raise its error."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def link(self) -> Link:
         """Return the link in use."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of the link."""
-        raise NotImplementedError
 
 
 def task() -> None:

@@ -53,7 +53,9 @@ def test_a_coroutine_sees_it_too() -> None:
     """Wherever it is driven."""
 
     async def later() -> str:
-        await asyncio.sleep(0)
+        resumed = asyncio.Event()
+        asyncio.get_running_loop().call_soon(resumed.set)
+        await resumed.wait()
         return user.get()
 
     assert asyncio.run(wrapped(later, "somebody")()) == "somebody"
