@@ -20,7 +20,7 @@ __all__ = [
     "Check",
     "context_vars",
     "flag",
-    "only",
+    "one_of",
     "or_none",
     "path",
     "refusal",
@@ -122,13 +122,13 @@ def context_vars(label: str, value: Any, remedy: str) -> tuple[str, ...]:
     return names
 
 
-def only(supported: str) -> Check:
-    """Return the check of a setting that has one value so far."""
+def one_of(*known: str) -> Check:
+    """Return the check of a setting with few values."""
 
     def check(label: str, value: Any, remedy: str) -> str:
-        if value != supported:
-            raise ValueError(f"{label}={show(value)} is not supported by this version; {remedy}.")
-        return supported
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(refusal(label, f"one of {', '.join(map(repr, known))}", value, remedy))
+        return known[known.index(value)]
 
     return check
 

@@ -95,12 +95,16 @@ def close_payload(code: int, reason: str) -> bytes:
 
 
 class FrameReader(websocket.frame_buffer):
-    """Take frames off *wire*; one that breaks a rule or the limit is refused by its header."""
+    """Take frames off *wire*; one that breaks a rule or the limit is refused by its header.
 
-    def __init__(self, wire: Wire, max_message_bytes: int) -> None:
+    With *sealing*, how many bytes that adds to the largest message, messages are binary, else text.
+    """
+
+    def __init__(self, wire: Wire, max_message_bytes: int, *, sealing: int = 0) -> None:
         super().__init__(wire.take, skip_utf8_validation=True)
         self._wire = wire
         self._max_message_bytes = max_message_bytes
+        self._sealing = sealing
         self._fragmented = False
         self._total = 0
 
@@ -141,9 +145,11 @@ class FrameReader(websocket.frame_buffer):
             raise Violation(1002, "unknown opcode")
         if (opcode == ABNF.OPCODE_CONT) != self._fragmented:
             raise Violation(1002, "a message must end before the next one starts")
-        if opcode == ABNF.OPCODE_BINARY:
+        if self._sealing and opcode == ABNF.OPCODE_TEXT:
+            raise Violation(1008, "a message that is not sealed")
+        if not self._sealing and opcode == ABNF.OPCODE_BINARY:
             raise Violation(1007, "binary message without the bin extension")
-        if self._total + length > self._max_message_bytes:
+        if self._total + length > self._max_message_bytes + self._sealing:
             raise Violation(1009, f"message exceeds max_message_bytes={self._max_message_bytes}")
 
     def recv_strict(self, bufsize: int) -> bytes:

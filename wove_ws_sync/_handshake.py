@@ -14,15 +14,20 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import websocket
 
+from . import security
 from ._address import check_header
 from ._route import Witness, nobody, place, warn
 from ._wire import NotHTTP, Wire
 from .errors import AuthenticationRejected, HandshakeRejected
 from .options import LinkOptions
+
+if TYPE_CHECKING:
+    from ._proof import HostProof
+    from ._seal import SealKeys
 
 __all__ = ["Answer", "upgrade"]
 
@@ -40,27 +45,32 @@ _REMEDIES = {
 class Answer(NamedTuple):
     """What the worker service said of itself: the extensions it agreed to (None if it does not know
     of any), the largest message it accepts (None if it did not say), which instance it is ("" likewise)
-    and which runs it can stop (None likewise).
+    and which runs it can stop (None likewise). The keys seal every message; None: none is sealed.
     """
 
     features: frozenset[str] | None
     max_message_bytes: int | None
     worker: str = ""
     cancels: frozenset[str] | None = None
+    keys: SealKeys | None = None
 
 
 def upgrade(
     wire: Wire, options: LinkOptions, headers: Mapping[str, str], witness: Witness = nobody
 ) -> Answer:
-    """Do the opening handshake.
+    """Do the opening handshake, and have the worker service prove itself if it can.
 
-    Raises HandshakeRejected for every answer but a valid upgrade, and what the wire raises.
+    Raises HandshakeRejected for every answer but a valid upgrade with a valid proof, and what the
+    wire raises.
     """
-    for name, value in headers.items():
-        check_header(name, value)
     if websocket.isEnabledForTrace():
         warn("websocket.enableTrace(True) was called: what passes through websocket-client is logged")
     key = base64.b64encode(os.urandom(16)).decode()
+    proof = security.host_proof(options, headers, key)
+    if proof is not None:
+        headers = proof.headers
+    for name, value in headers.items():
+        check_header(name, value)
     seam = _Seam(wire, options, headers, key, witness)
     ws = websocket.WebSocket(enable_multithread=False, skip_utf8_validation=True)
     try:
@@ -90,7 +100,35 @@ def upgrade(
             features -= {"resume"}  # nobody could tell whether it is the one from before
     cancels = seam.response.get("x-wove-cancels")
     stoppable = None if cancels is None else frozenset(name.strip() for name in cancels.split(","))
-    return Answer(features, int(limit) if readable else None, worker, stoppable)
+    keys = _judge_proof(proof, seam, options, sealed=features is not None and "seal" in features)
+    return Answer(features, int(limit) if readable else None, worker, stoppable, keys)
+
+
+def _judge_proof(
+    proof: HostProof | None, seam: _Seam, options: LinkOptions, *, sealed: bool
+) -> SealKeys | None:
+    """Return the keys of a connection that is sealed; refuse a worker service that should prove itself."""
+    fault = "it proves nothing"
+    try:
+        keys = None if proof is None else proof.judge(seam.response)
+    except ValueError as exc:
+        keys, must = None, True
+        fault = str(exc)
+    else:
+        must = options.worker_auth == "require" or sealed
+    if keys is None and must:
+        raise seam.rejected(
+            101,
+            f"did not prove that it has the key of executor_config.security: {fault}. Check that the key "
+            "is the same on both sides, and what is between them: it may have changed the handshake.",
+        )
+    if options.seal == "require" and not sealed:
+        raise seam.rejected(
+            101,
+            "does not seal messages, and executor_config.seal is 'require'. Use a worker service of this "
+            "package with the same key, and check what is between: it may have changed the handshake.",
+        )
+    return keys if sealed else None
 
 
 def _features(field: str) -> frozenset[str] | None:
@@ -147,12 +185,12 @@ class _Seam:
         try:
             head = self._wire.read_head()
         except NotHTTP as exc:
-            raise self._rejected(None, f"did not answer the handshake properly: {exc}.") from None
+            raise self.rejected(None, f"did not answer the handshake properly: {exc}.") from None
         status_line, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
         fields = [line.partition(b":") for line in lines]
         if match is None or not all(colon and name.strip() == name != b"" for name, colon, _ in fields):
-            raise self._rejected(None, "did not answer the handshake properly: malformed headers.")
+            raise self.rejected(None, "did not answer the handshake properly: malformed headers.")
         for name, _, value in fields:
             lower, text = name.decode("latin-1").lower(), value.strip().decode("latin-1")
             self.response[lower] = f"{self.response[lower]}, {text}" if lower in self.response else text
@@ -174,13 +212,14 @@ class _Seam:
         if 300 <= status < 400:
             remedy = "Redirects are not followed; set executor_config.url to the final address."
         text = f"rejected the handshake with HTTP {status}."
-        return self._rejected(status, f"{text} {remedy}".strip(), _retry_after(self.response))
+        return self.rejected(status, f"{text} {remedy}".strip(), _retry_after(self.response))
 
     def invalid(self, fault: str) -> HandshakeRejected:
         """Return the error for a 101 that is no valid upgrade."""
-        return self._rejected(101, f"answered the handshake with an invalid upgrade: {fault}.")
+        return self.rejected(101, f"answered the handshake with an invalid upgrade: {fault}.")
 
-    def _rejected(self, status: int | None, text: str, retry_after: float | None = None) -> HandshakeRejected:
+    def rejected(self, status: int | None, text: str, retry_after: float | None = None) -> HandshakeRejected:
+        """Return the error for an answer that is not accepted."""
         kind = AuthenticationRejected if status in (401, 403) else HandshakeRejected
         return kind(f"The worker service at {self._place} {text}", status=status, retry_after=retry_after)
 

@@ -1,24 +1,29 @@
 """What waits to be sent, and in which order it leaves.
 
-Owns: the queue of messages, the control frames, cutting large messages into fragments.
-Never: touches the wire; it hands out bytes, and is told when they are in the kernel.
+Owns: the queue of messages, the control frames, cutting large messages into fragments, and sealing
+them, once their order is final. Never: touches the wire; it hands out bytes, and is told when they
+are in the kernel.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import websocket
 
 from ._framing import MaskingKeys, format_frame
 
+if TYPE_CHECKING:
+    from ._seal import Way
+
 __all__ = ["Outbox", "Parcel"]
 
 ABNF = websocket.ABNF
 
-# Large enough to cost little, small enough that a pong or a cancel need not wait long.
+# Large enough to cost little, small enough that a pong or a cancel need not wait long. A sealed
+# message has one box in each fragment.
 _FRAGMENT_BYTES = 1024 * 1024
 # Small messages that wait together leave in one system call of about this size.
 _BATCH_BYTES = 64 * 1024
@@ -71,11 +76,13 @@ class Outbox:
     """Order what a connection sends: control frames first, between fragments too, then messages.
 
     Any thread puts in. The holder of the link's write lock takes out: :meth:`next_chunk`, then
-    :meth:`expose` and :meth:`settle` around each attempt to send it.
+    :meth:`expose` and :meth:`settle` around each attempt to send it. With a *seal* every message
+    leaves sealed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seal: Way | None = None) -> None:
         self.queued_bytes = 0
+        self._seal = seal
         # Guards _queue, _withdrawn and queued_bytes. Reentrant: finalizers and signal handlers may post.
         self._lock = threading.RLock()
         self._queue: deque[Parcel] = deque()
@@ -171,8 +178,13 @@ class Outbox:
 
     def _next_fragment(self, parcel: Parcel) -> bytes | bytearray:
         start, self._offset = self._offset, self._offset + _FRAGMENT_BYTES
-        payload = memoryview(parcel.data)[start : self._offset]
-        opcode = ABNF.OPCODE_CONT if start else ABNF.OPCODE_TEXT
+        if self._seal is None:
+            payload: bytes | memoryview = memoryview(parcel.data)[start : self._offset]
+            opcode = ABNF.OPCODE_TEXT
+        else:
+            payload = self._seal.seal(parcel.data, start)
+            opcode = ABNF.OPCODE_BINARY
+        opcode = ABNF.OPCODE_CONT if start else opcode
         return format_frame(opcode, payload, self._keys.next(), fin=self._offset >= parcel.size)
 
     def expose(self) -> None:

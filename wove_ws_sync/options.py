@@ -59,8 +59,8 @@ class LinkOptions:
     resume_window: float = 10.0
     max_requeues: int = 3
     cancel_ack_timeout: float = 10.0
-    seal: str = "off"
-    worker_auth: str = "off"
+    seal: str = "auto"
+    worker_auth: str = "auto"
     result_format: str = "pickle"
     context_vars: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # not the link's
 
@@ -149,9 +149,9 @@ _CHECKS: dict[str, _checks.Check] = {
     "resume_window": _checks.seconds(zero=True),
     "max_requeues": _checks.whole(0),
     "cancel_ack_timeout": _checks.seconds(zero=True),
-    "seal": _checks.only("off"),
-    "worker_auth": _checks.only("off"),
-    "result_format": _checks.only("pickle"),
+    "seal": _checks.one_of("auto", "require", "off"),
+    "worker_auth": _checks.one_of("auto", "require", "off"),
+    "result_format": _checks.one_of("pickle"),
     "context_vars": _checks.context_vars,
 }
 _KEYS = frozenset(_CHECKS) | {"url", "security", "headers"}

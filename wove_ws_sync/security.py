@@ -1,8 +1,9 @@
 """Who may be talked to, and how this host proves who it is.
 
-Owns: the rule for targets without TLS or authentication, and the headers of the handshake,
-signed by ``wove.NetworkExecutorSecurity``. Never: keeps or shows a secret; environment
-variables are read anew for each handshake, so that a rotated secret is picked up.
+Owns: the rule for targets without TLS or authentication, the headers of the handshake, signed by
+``wove.NetworkExecutorSecurity``, and the key that proves the host to a worker service of this
+package. Never: keeps or shows a secret; environment variables and files are read anew for each
+handshake, so that a rotated secret is picked up.
 """
 
 from __future__ import annotations
@@ -10,16 +11,24 @@ from __future__ import annotations
 import ipaddress
 import marshal
 import math
+import secrets
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wove
 
 from ._address import check_header
+from ._keys import Key, KeyPair, SharedKey, private_key, public_key, read_secret
 from .options import LinkOptions
+
+if TYPE_CHECKING:
+    from ._proof import HostProof
 
 __all__ = [
     "handshake_headers",
+    "host_key",
+    "host_proof",
     "is_local_host",
     "is_loopback_address",
     "link_options",
@@ -53,19 +62,28 @@ def link_options(config: Mapping[str, Any]) -> LinkOptions:
 
 def _checked_options(config: Mapping[str, Any]) -> LinkOptions:
     options = LinkOptions.from_config(config)
-    security = _security(options)
+    mode = options.security.mode
     if not options.insecure and not _is_local(options):
         if not options.secure:
             raise ValueError(
                 "websocket executor uses an insecure network transport. "
                 "Use TLS or set executor_config.insecure=True for development."
             )
-        if security.mode == "none":
+        if mode == "none":
             raise ValueError(
                 "websocket executor requires executor_config.security for non-local endpoints. "
                 "Use security='env:VARIABLE' or set executor_config.insecure=True for development."
             )
-    _headers(options, security)
+    key = host_key(options)
+    for name in ("seal", "worker_auth"):
+        if getattr(options, name) == "require" and not (key is not None and key.checks):
+            remedy = (
+                "name the public key of the worker service in executor_config.security.worker_key_file"
+                if mode == "ed25519"
+                else "set executor_config.security to a secret that both sides know, 'env:VARIABLE'"
+            )
+            raise ValueError(f"executor_config.{name}='require' has nothing to check with; {remedy}.")
+    _headers(options, key)
     return options
 
 
@@ -73,10 +91,67 @@ def handshake_headers(options: LinkOptions) -> dict[str, str]:
     """Return every header of the handshake that is not WebSocket's own, freshly signed.
 
     The signature covers ``options.target``. Call it once per dial: it holds a nonce and the
-    time. Raises RuntimeError if the environment variable of the secret is not set, ValueError
-    if what is in it cannot be used. Thread-safe.
+    time. Raises RuntimeError if the environment variable or the file of the secret is not there,
+    ValueError if what is in it cannot be used. Thread-safe.
     """
-    return _headers(options, _security(options))
+    return _headers(options, host_key(options))
+
+
+def host_proof(options: LinkOptions, headers: Mapping[str, str], websocket_key: str) -> HostProof | None:
+    """Return the host's proof for a handshake with *headers*; None if nothing is to be proven.
+
+    Its ``headers`` offer the extension ``seal``, unless it is off. Raises as :func:`handshake_headers`.
+    """
+    key = host_key(options)
+    wanted = {options.seal, options.worker_auth} != {"off"} or options.security.mode == "ed25519"
+    if key is None or not wanted:
+        return None
+    from ._proof import HostProof
+
+    offered = dict(headers)
+    if options.seal != "off" and key.checks:
+        known = offered.get("X-Wove-Sync", "1")
+        offered["X-Wove-Sync"] = f"{known},seal" if "f=" in known else f"{known}; f=seal"
+    return HostProof(key, options.target, offered, websocket_key)
+
+
+def host_key(options: LinkOptions) -> Key | None:
+    """Return what this host proves itself with; None for tokens and for no security.
+
+    Raises as :func:`handshake_headers`.
+    """
+    config = options.security.value
+    if options.security.mode == "ed25519":
+        label = "executor_config.security"
+        private = private_key(config["private_key_file"], f"{label}.private_key_file")
+        worker = config.get("worker_key_file")
+        public = public_key(worker, f"{label}.worker_key_file") if worker else None
+        return KeyPair(config["key"], private, public)
+    if options.security.mode != "signed":
+        return None
+    if isinstance(config, dict) and ("keys" in config or "secret_file" in config):
+        label, newest = "executor_config.security", config
+        if "keys" in config:
+            label, newest = f"{label}.keys[0]", config["keys"][0]
+        return SharedKey(newest.get("key", "default"), read_secret(newest, label))
+    try:
+        security = wove.NetworkExecutorSecurity.from_config(config)
+    except UnicodeEncodeError:  # it carries the secret that it could not encode
+        security = None
+    if security is None:
+        raise ValueError("executor_config.security has a secret that is not valid Unicode; use plain text.")
+    if not security.secret:
+        raise ValueError(
+            "executor_config.security has an empty secret; set 16 random bytes or more, "
+            "for example from secrets.token_urlsafe(32), best as security='env:VARIABLE'."
+        )
+    skew = security.clock_skew_seconds
+    if not math.isfinite(skew) or skew <= 0:
+        raise ValueError(
+            f"executor_config.security.clock_skew_seconds must be a number of seconds above 0, got {skew}; "
+            "leave the key out for the default, 300.0."
+        )
+    return SharedKey(security.key, security.secret)
 
 
 def is_local_host(host: str) -> bool:
@@ -114,37 +189,33 @@ def _is_local(options: LinkOptions) -> bool:
     return is_local_host(options.host) and (proxy is None or is_local_host(proxy[0]))
 
 
-def _security(options: LinkOptions) -> wove.NetworkExecutorSecurity:
-    try:
-        security = wove.NetworkExecutorSecurity.from_config(options.security.value)
-    except UnicodeEncodeError:  # it carries the secret that it could not encode
-        security = None
-    if security is None:
-        raise ValueError("executor_config.security has a secret that is not valid Unicode; use plain text.")
-    if security.mode == "signed" and not security.secret:
-        raise ValueError(
-            "executor_config.security has an empty secret; set 16 random bytes or more, "
-            "for example from secrets.token_urlsafe(32), best as security='env:VARIABLE'."
-        )
-    skew = security.clock_skew_seconds
-    if not math.isfinite(skew) or skew <= 0:
-        raise ValueError(
-            f"executor_config.security.clock_skew_seconds must be a number of seconds above 0, got {skew}; "
-            "leave the key out for the default, 300.0."
-        )
-    return security
-
-
-def _headers(options: LinkOptions, security: wove.NetworkExecutorSecurity) -> dict[str, str]:
+def _headers(options: LinkOptions, key: Key | None) -> dict[str, str]:
     headers = dict(options.headers)
-    if security.mode == "bearer" and any(name.lower() == "authorization" for name in headers):
+    if options.security.mode == "bearer" and any(name.lower() == "authorization" for name in headers):
         raise ValueError(
             "executor_config.headers must not set 'Authorization' beside a bearer token in "
             "executor_config.security; keep one of the two."
         )
-    headers |= security.headers_for(transport="websocket", target=options.target, body=b"")
+    headers |= _credentials(options, key)
     headers["X-Wove-Sync"] = "1"
     headers["X-Wove-Max-Message"] = str(options.max_message_bytes)
     for name, value in headers.items():
         check_header(name, value)
+    return headers
+
+
+def _credentials(options: LinkOptions, key: Key | None) -> dict[str, str]:
+    if isinstance(key, KeyPair):  # the proof is the signature
+        return {
+            "X-Wove-Key": key.id,
+            "X-Wove-Timestamp": str(int(time.time())),
+            "X-Wove-Nonce": secrets.token_urlsafe(18),
+        }
+    if isinstance(key, SharedKey):
+        wove_security = key.security()
+    else:
+        wove_security = wove.NetworkExecutorSecurity.from_config(options.security.value)
+    headers: dict[str, str] = wove_security.headers_for(
+        transport="websocket", target=options.target, body=b""
+    )
     return headers

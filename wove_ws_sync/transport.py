@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import websocket
 
@@ -27,9 +27,14 @@ from .errors import HandshakeRejected
 from .options import LinkOptions
 from .timing import Clock, Deadline
 
+if TYPE_CHECKING:
+    from ._seal import SealKeys
+
 __all__ = ["Parcel", "Transport", "TransportClosed", "WebSocketTransport", "dial"]
 
 ABNF = websocket.ABNF
+
+_DATA = (ABNF.OPCODE_TEXT, ABNF.OPCODE_BINARY, ABNF.OPCODE_CONT)
 
 
 class TransportClosed(Exception):
@@ -103,8 +108,9 @@ class WebSocketTransport:
         self.worker = answer.worker
         self.cancels = answer.cancels
         self._wire = wire
-        self._frames = FrameReader(wire, options.max_message_bytes)
-        self._outbox = Outbox()
+        self._keys = answer.keys
+        self._frames = FrameReader(wire, options.max_message_bytes, sealing=_sealing(answer, options))
+        self._outbox = Outbox(None if answer.keys is None else answer.keys.outgoing)
         self._clock = clock
         # Why the connection is over for the reader, and for writers. A writer that fails leaves the
         # reader what has arrived: results, and perhaps a close frame that says why.
@@ -119,14 +125,15 @@ class WebSocketTransport:
     # -- the reader thread ---------------------------------------------------------
 
     def recv(self) -> bytes | bytearray:
-        """Return the next message's text as it came; block until there is one. Reader thread only.
+        """Return the next message's text, opened if it was sealed; block until there is one. Reader only.
 
         UTF-8 is not checked here. Raises TransportClosed when the connection is over.
         """
         if self._end is not None:
             raise self._end.again()
         try:
-            return self._next_message()
+            message = self._next_message()
+            return message if self._keys is None else self._open(message, self._keys)
         except Violation as exc:
             self._answer(ABNF.OPCODE_CLOSE, close_payload(exc.code, exc.reason))
             text = f"The worker service broke the protocol: {exc.reason} (close code {exc.code})."
@@ -142,11 +149,17 @@ class WebSocketTransport:
             self.abort()  # how much of a frame was read is unknown
             raise
 
+    def _open(self, message: bytes | bytearray, keys: SealKeys) -> bytes | bytearray:
+        try:
+            return keys.incoming.open(message)
+        except ValueError as exc:
+            raise Violation(1008, str(exc)) from None
+
     def _next_message(self) -> bytes | bytearray:
         message: bytearray | None = None
         while True:
             opcode, fin, payload = self._frames.next_frame()
-            if opcode in (ABNF.OPCODE_TEXT, ABNF.OPCODE_CONT):
+            if opcode in _DATA:
                 if message is None:
                     if fin:
                         return payload
@@ -347,6 +360,15 @@ def _undialled(exc: OSError, options: LinkOptions, *, connected: bool) -> OSErro
     if ended:
         return ConnectionError(f"The worker service at {where} closed the connection during the handshake.")
     return OSError(exc.errno, f"No connection to {where}: {why}.")  # the subclass that fits errno
+
+
+def _sealing(answer: Answer, options: LinkOptions) -> int:
+    """Return how many bytes the seal adds to the largest message; 0 for no seal."""
+    if answer.keys is None:
+        return 0
+    from ._seal import sealed_size
+
+    return sealed_size(options.max_message_bytes) - options.max_message_bytes
 
 
 def _broken(exc: OSError) -> TransportClosed:

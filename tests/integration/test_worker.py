@@ -35,6 +35,7 @@ from raw_host import (
     unpickled,
     wait_until,
 )
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -902,7 +903,7 @@ class TestHandshake:
         def replay(headers: dict[str, str]) -> None:
             start.wait(PATIENCE)
             with contextlib.suppress(PermissionError):
-                authenticator.verify(lambda name: [headers[name]], "/wove")
+                authenticator.verify(Headers(headers), "/wove")
                 accepted.append(headers)
 
         for _ in range(20):
@@ -926,7 +927,7 @@ class TestHandshake:
 
         def try_it(headers: dict[str, str]) -> str:
             try:
-                authenticator.verify(lambda name: [headers[name]], "/wove")
+                authenticator.verify(Headers(headers), "/wove")
             except PermissionError as exc:
                 return str(exc)
             return "accepted"

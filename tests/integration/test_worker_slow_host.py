@@ -17,6 +17,7 @@ import pytest
 from raw_host import PATIENCE, TERMINAL, RawHost, occupy, wait_until
 
 from wove_ws_sync.testing import LoopbackWorker
+from wove_ws_sync.worker.channel import Channel
 from wove_ws_sync.worker.connection import HostConnection
 from wove_ws_sync.worker.greeting import Greeting
 
@@ -255,7 +256,7 @@ def test_a_close_that_fails_is_a_close(error: BaseException | None) -> None:
     greeting = Greeting(False, (), 1000, "", 0.0)
 
     async def check() -> None:
-        await HostConnection(broken, greeting, Counter()).close(1001)
+        await HostConnection(broken, Channel(broken, 1 << 20, None), greeting, Counter()).close(1001)
 
     asyncio.run(check())
     assert broken.aborted == 1

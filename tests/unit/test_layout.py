@@ -26,7 +26,10 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
         frozenset({"options", "_address", "_checks", "_security_config"}),
         frozenset({"current", "_progress"}),
     ),
-    tuple(frozenset({name}) for name in ("frames", "payloads", "security")),
+    (
+        *(frozenset({name}) for name in ("frames", "payloads")),
+        frozenset({"security", "_keys", "_proof", "_seal"}),
+    ),
     (
         frozenset({"transport", "_framing", "_handshake", "_outbox", "_route", "_wire"}),
         frozenset({"runs", "_alarms", "_book", "_line", "_losses", "_run", "_reconnect"}),
@@ -43,6 +46,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.hosts",
                 "worker.jobs",
                 "worker.kept",
+                "worker.keyring",
                 "worker.logs",
                 "worker.metrics",
                 "worker.outbox",
@@ -80,6 +84,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
         frozenset(
             {
                 "worker",
+                "worker.channel",
                 "worker.connection",
                 "worker.dispatcher",
                 "worker.messenger",
@@ -99,7 +104,7 @@ OUTSIDE = {
     "cloudpickle": {"payloads"},
     "websocket": {"transport", "_framing", "_handshake", "_outbox", "cli."},
     "websockets": {"worker.", "cli."},
-    "cryptography": {"worker.", "cli.", "testing"},
+    "cryptography": {"_keys", "_proof", "_seal", "cli.", "testing"},
     "dask": {"worker.dask_engine"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},

@@ -1,28 +1,32 @@
 """Who may open a connection to the worker service.
 
-Owns: the check of a handshake by ``wove.NetworkExecutorSecurity``, the memory of used
-nonces, the rule where a service may listen. Never: sees a frame, logs a secret.
+Owns: the check of a handshake by ``wove.NetworkExecutorSecurity`` and of the host's proof, the
+memory of used nonces, the rule where a service may listen. Never: sees a frame, logs a secret.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import heapq
 import hmac
-import math
+import secrets
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import wove
-
+from .._keys import Key, SharedKey
+from .._proof import HOST_NONCE, HOST_PROOF, BadProof, WorkerProof
 from ..security import is_local_host
+from .keyring import Keyring
 
-__all__ = ["MIN_SECRET_BYTES", "Authenticator", "check_listening", "is_foreign_page"]
+__all__ = ["MIN_SECRET_BYTES", "Admission", "Authenticator", "check_listening", "is_foreign_page"]
 
-_SIGNED = ("X-Wove-Key", "X-Wove-Timestamp", "X-Wove-Nonce", "X-Wove-Signature")
+_STAMP = ("X-Wove-Key", "X-Wove-Timestamp", "X-Wove-Nonce")
+_SIGNED = {"signed": (*_STAMP, "X-Wove-Signature"), "ed25519": _STAMP}
+_NOBODY = SharedKey("", secrets.token_bytes(32))
 _TIMESTAMP_DIGITS = 15
 
 #: More handshakes than this within the clock skew are refused: forgetting one would allow its replay.
@@ -30,6 +34,20 @@ _MAX_NONCES = 262_144
 
 #: A shorter secret is accepted with a warning.
 MIN_SECRET_BYTES = 16
+
+
+class Fields(Protocol):
+    """The headers of a request, as websockets has them."""
+
+    def get_all(self, key: str) -> list[str]: ...
+    def raw_items(self) -> Iterable[tuple[str, str]]: ...
+
+
+class Admission(NamedTuple):
+    """Who was let in: the key id, "" where secrets have no names, and the proof, if the host gave one."""
+
+    key_id: str
+    proof: WorkerProof | None = None
 
 
 class Authenticator:
@@ -40,54 +58,55 @@ class Authenticator:
     """
 
     def __init__(self, config: Any) -> None:
-        self._security = wove.NetworkExecutorSecurity.from_config(config)
-        if self.mode == "signed" and not self._security.secret:
-            raise ValueError("The secret of the worker service is empty; set one of at least 16 bytes.")
-        skew = self._security.clock_skew_seconds
-        if self.mode == "signed" and not (math.isfinite(skew) and skew > 0):
-            raise ValueError(f"security.clock_skew_seconds must be a number above 0, not {skew!r}.")
-        # Wove's own memory of nonces is searched from end to end at every handshake.
-        self._remember = self._security.remember_nonces
-        self._security.remember_nonces = False
+        self._keyring = Keyring(config)
         self._lock = threading.Lock()  # guards the nonces
         self._nonces: set[str] = set()
         self._expiry: list[tuple[float, str]] = []
 
     @property
     def mode(self) -> str:
-        """Return "none", "signed" or "bearer"."""
-        return str(self._security.mode)
+        """Return "none", "signed", "bearer" or "ed25519"."""
+        return self._keyring.keys().mode
 
     @property
     def weak(self) -> bool:
-        """Tell whether the secret is shorter than it should be."""
-        return self.mode == "signed" and len(self._security.secret) < MIN_SECRET_BYTES
+        """Tell whether a secret is shorter than it should be."""
+        keys = self._keyring.keys()
+        return keys.mode == "signed" and any(len(secret) < MIN_SECRET_BYTES for secret in keys.secrets)
 
-    def verify(self, get_all: Callable[[str], Sequence[str]], target: str) -> None:
+    def verify(self, headers: Fields, target: str) -> Admission:
         """Accept the handshake for *target* or raise PermissionError, whatever the headers hold.
 
-        *get_all* returns every value of a header. The error says why; it is for the
-        worker's log, never for the peer.
+        The error says why; it is for the worker's log, never for the peer.
         """
-        if self.mode == "none":
-            return
-        names = _SIGNED if self.mode == "signed" else ("Authorization",)
-        headers = {name: self._only(get_all(name), name) for name in names}
-        timestamp = headers.get("X-Wove-Timestamp", "0")
+        keys = self._keyring.keys()
+        if keys.mode == "none":
+            return Admission("")
+        if keys.mode == "bearer":
+            given = _only(headers, "Authorization").encode("utf-8", "surrogateescape")
+            if not hmac.compare_digest(given, b"Bearer " + keys.token):
+                raise PermissionError("Invalid Wove network executor bearer token.")
+            return Admission("")
+        signed = {name: _only(headers, name) for name in _SIGNED[keys.mode]}
+        timestamp = signed["X-Wove-Timestamp"]
         if not (timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= _TIMESTAMP_DIGITS):
             raise PermissionError("The timestamp is not a number of seconds.")
-        try:
-            self._security.verify_headers(headers=headers, transport="websocket", target=target, body=b"")
-        except PermissionError as exc:
-            raise self._explained(exc, float(timestamp)) from None
-        except Exception as exc:  # compare_digest and encode() refuse some strings that headers can hold
-            raise PermissionError(f"The credentials are malformed ({type(exc).__name__}).") from None
-        if self.mode == "signed" and self._remember:
-            self._use_nonce(headers["X-Wove-Nonce"], float(timestamp))
-
-    def key_id(self, get_all: Callable[[str], Sequence[str]]) -> str:
-        """Return the key id of a handshake that was accepted; "" where secrets have no names."""
-        return get_all("X-Wove-Key")[0] if self.mode == "signed" else ""
+        difference = time.time() - float(timestamp)
+        if abs(difference) > keys.skew:
+            raise PermissionError(f"The host's clock differs by {difference:.0f} s, or this is a replay.")
+        # A name that nobody has takes as long as a wrong signature.
+        candidates = keys.by_id.get(signed["X-Wove-Key"]) or [_NOBODY]
+        if keys.mode == "signed":
+            key: Key = _signer(candidates, signed, keys.skew, target)
+            proof = _proof(key, headers, target)
+        else:
+            key = candidates[0]
+            proof = _proof(key, headers, target)
+            if proof is None:
+                raise PermissionError("The host did not prove that it has its key.")
+        if keys.remembers:
+            self._use_nonce(signed["X-Wove-Nonce"], float(timestamp) + keys.skew)
+        return Admission(key.id, proof)
 
     def knows_secret(self, authorizations: Sequence[str]) -> bool:
         """Tell whether an Authorization header holds the secret itself, as of a browser or Prometheus.
@@ -95,8 +114,7 @@ class Authenticator:
         As ``Bearer``, or as the password of ``Basic`` with any name. For reading only: hosts
         with a signing secret never send it.
         """
-        secret = str(self._security.token).encode() if self.mode == "bearer" else self._security.secret
-        if self.mode == "none" or len(authorizations) != 1:
+        if len(authorizations) != 1:
             return False
         scheme, _, given = authorizations[0].strip().partition(" ")
         if scheme.lower() == "bearer":
@@ -108,21 +126,10 @@ class Authenticator:
                 return False
         else:
             return False
-        return hmac.compare_digest(password, secret)
+        known = [hmac.compare_digest(password, secret) for secret in self._keyring.keys().secrets]
+        return any(known)
 
-    @staticmethod
-    def _only(values: Sequence[str], name: str) -> str:
-        if len(values) != 1:
-            raise PermissionError(f"The header {name} is {'repeated' if values else 'missing'}.")
-        return values[0]
-
-    def _explained(self, exc: PermissionError, timestamp: float) -> PermissionError:
-        difference = time.time() - timestamp
-        if self.mode == "signed" and abs(difference) > self._security.clock_skew_seconds:
-            return PermissionError(f"The host's clock differs by {difference:.0f} s, or this is a replay.")
-        return exc
-
-    def _use_nonce(self, nonce: str, timestamp: float) -> None:
+    def _use_nonce(self, nonce: str, expires: float) -> None:
         now = time.time()
         with self._lock:
             while self._expiry and self._expiry[0][0] < now:
@@ -132,7 +139,42 @@ class Authenticator:
             if len(self._nonces) >= _MAX_NONCES:
                 raise PermissionError("Too many handshakes within the clock skew.")
             self._nonces.add(nonce)
-            heapq.heappush(self._expiry, (timestamp + self._security.clock_skew_seconds, nonce))
+            heapq.heappush(self._expiry, (expires, nonce))
+
+
+def _only(headers: Fields, name: str) -> str:
+    values = headers.get_all(name)
+    if len(values) != 1:
+        raise PermissionError(f"The header {name} is {'repeated' if values else 'missing'}.")
+    return values[0]
+
+
+def _signer(keys: list[Key], signed: dict[str, str], skew: float, target: str) -> Key:
+    """Return the key that made the signature; raise PermissionError if none of *keys* did."""
+    for key in keys:
+        assert isinstance(key, SharedKey)
+        security = key.security(skew)
+        with contextlib.suppress(PermissionError):
+            try:
+                security.verify_headers(headers=signed, transport="websocket", target=target, body=b"")
+            except (TypeError, ValueError) as exc:  # some strings that headers can hold have no signature
+                raise PermissionError(f"The credentials are malformed ({type(exc).__name__}).") from None
+            return key
+    raise PermissionError("Invalid Wove network executor signature, or a key id that nobody has.")
+
+
+def _proof(key: Key, headers: Fields, target: str) -> WorkerProof | None:
+    """Return the host's proof; None if it gave none. Raises PermissionError for a wrong one."""
+    proofs = headers.get_all(HOST_PROOF)
+    if not proofs and not headers.get_all(HOST_NONCE):
+        return None
+    if len(proofs) != 1 or not key.checks:
+        raise PermissionError("The host's proof is missing, repeated, or not to be checked.")
+    websocket_key = _only(headers, "Sec-WebSocket-Key").strip()
+    try:
+        return WorkerProof(key, target, headers.raw_items(), websocket_key, proofs[0].strip())
+    except BadProof as exc:
+        raise PermissionError(f"The handshake was changed on its way, or by another key: {exc}.") from None
 
 
 def is_foreign_page(origins: Sequence[str]) -> bool:

@@ -145,7 +145,7 @@ Command = (
 _KINDS = COMMANDS | EXTENDED_COMMANDS
 
 
-def read(message: bytes | str) -> Command:
+def read(message: bytes | bytearray | str) -> Command:
     """Return the command in *message*.
 
     Raises InvalidMessage for what is not UTF-8, not JSON or beyond the parser's limits.
@@ -179,7 +179,7 @@ def read(message: bytes | str) -> Command:
     return _run_task(frame, run_id, task_id, delivery)
 
 
-def _parse(message: bytes | str) -> Any:
+def _parse(message: bytes | bytearray | str) -> Any:
     try:
         return json.loads(message if isinstance(message, str) else str(message, "utf-8"))
     except UnicodeDecodeError as exc:

@@ -13,7 +13,7 @@ import functools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
@@ -21,6 +21,7 @@ from websockets.exceptions import ConnectionClosed
 
 from ..frames import InvalidMessage
 from .alarm import Alarm
+from .channel import Channel
 from .commands import Command, RunTask, read
 from .events import life_event, queue_full_event
 from .greeting import Greeting
@@ -36,8 +37,6 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 DEFAULT_MAX_IN_FLIGHT = 10_000
 #: How long, in seconds, a host may take to answer the close of its connection.
 CLOSE_TIMEOUT = 1.0
-#: A larger message leaves in pieces of this size, so that pings and pongs get in between.
-_FRAGMENT = 1024 * 1024
 #: Where answers of more than this wait to be written, in bytes, no further command is read. What is
 #: kept for the host anyway does not count: a large result must not delay its commands.
 _MAX_WAITING = 8 * 1024 * 1024
@@ -54,7 +53,8 @@ _BEAT_SIZE = 64
 
 
 class HostConnection:
-    """Read the commands of one host and write its events. *greeting* is how it introduced itself.
+    """Read the commands of one host and write its events. *greeting* is how it introduced itself,
+    *channel* has the messages of *socket*.
 
     While the host has *max_in_flight* runs no further one is accepted; ``has_room()`` is to be
     called when some have ended. Small events for hosts of this package may share a message as
@@ -66,6 +66,7 @@ class HostConnection:
     def __init__(
         self,
         socket: ServerConnection,
+        channel: Channel,
         greeting: Greeting,
         counters: Counter[str],
         *,
@@ -74,10 +75,10 @@ class HostConnection:
         self.host: Any = None
         self.key = ""
         self.since = 0.0
-        self.received_bytes = self.sent_bytes = 0  # of messages; what TLS and frames add is not counted
         self.greeting = greeting
         self.on_idle: Callable[[], None] | None = None
         self._socket = socket
+        self._channel = channel
         self._counters = counters
         self._queue = SendQueue(min(SMALL, greeting.limit) if greeting.ours else 0)
         self._max_in_flight = max_in_flight
@@ -125,11 +126,11 @@ class HostConnection:
 
     async def _read(self) -> Command | InvalidMessage | None:
         """Return the next command, None if none counts any more."""
-        return self._understand(await self._socket.recv(decode=False))
+        return self._understand(await self._channel.receive())
 
-    def _understand(self, message: bytes) -> Command | InvalidMessage | None:
-        self.received_bytes += len(message)
+    def _understand(self, received: bytes | str) -> Command | InvalidMessage | None:
         try:
+            message = self._channel.open(received)
             return None if self._closing else read(message)
         except InvalidMessage as exc:
             return exc
@@ -180,7 +181,7 @@ class HostConnection:
         self, room: asyncio.Future[None], obey: Callable[[HostConnection, Command], None]
     ) -> None:
         """Read one command, unless there is room before; obey it if it has not to wait."""
-        reading = asyncio.ensure_future(self._socket.recv(decode=False))
+        reading = asyncio.ensure_future(self._channel.receive())
         try:
             await asyncio.wait((reading, room), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -268,6 +269,16 @@ class HostConnection:
         return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
     @property
+    def received_bytes(self) -> int:
+        """Return how many bytes of messages came from the host."""
+        return self._channel.received_bytes
+
+    @property
+    def sent_bytes(self) -> int:
+        """Return how many bytes of messages went to it."""
+        return self._channel.sent_bytes
+
+    @property
     def is_idle(self) -> bool:
         """Tell whether everything that was to be sent is written, and all that was read obeyed."""
         is_waiting = self._idle_writer is not None and not self._idle_writer.done()
@@ -349,8 +360,7 @@ class HostConnection:
                 for following in (self._queue.next_small, self._queue.next_large):
                     message = following()
                     if message:
-                        await self._socket.send(_whole_or_pieces(message), text=True)
-                        self.sent_bytes += len(message)
+                        await self._channel.send(message)
                     del message
                     self.has_room()
         except ConnectionClosed:
@@ -365,13 +375,3 @@ class HostConnection:
 def _wake(waiter: asyncio.Future[None] | None) -> None:
     if waiter is not None and not waiter.done():
         waiter.set_result(None)
-
-
-def _whole_or_pieces(message: bytes) -> bytes | Iterator[memoryview]:
-    return message if len(message) <= _FRAGMENT else _fragments(message)
-
-
-def _fragments(message: bytes) -> Iterator[memoryview]:
-    view = memoryview(message)
-    for start in range(0, len(view), _FRAGMENT):
-        yield view[start : start + _FRAGMENT]

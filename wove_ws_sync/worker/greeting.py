@@ -44,8 +44,8 @@ class Greeting:
     window: float
 
     @classmethod
-    def read(cls, get_all: GetAll) -> Greeting:
-        """Return what the headers of a request say. Never raises."""
+    def read(cls, get_all: GetAll, *, seals: bool = False) -> Greeting:
+        """Return what the headers of a request say. Never raises. *seals*: this side can seal for it."""
         version, _, parameters = _only(get_all, "X-Wove-Sync").partition(";")
         if version.strip() != "1":
             return cls(False, (), _FOREIGN_LIMIT, "", 0.0)
@@ -53,9 +53,10 @@ class Greeting:
         host_id = _only(get_all, "X-Wove-Host")
         if "ack" not in offered or not _HOST_ID.fullmatch(host_id):
             offered.discard("resume")
+        known = (*FEATURES, "seal") if seals else FEATURES
         return cls(
             True,
-            tuple(feature for feature in FEATURES if feature in offered),
+            tuple(feature for feature in known if feature in offered),
             _limit(_only(get_all, "X-Wove-Max-Message")),
             host_id.lower() if "resume" in offered else "",
             _window(_only(get_all, "X-Wove-Resume-Window")),

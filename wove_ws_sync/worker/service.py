@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import secrets
 import socket
 import ssl
+import weakref
 from collections import Counter
 from collections.abc import Awaitable
 from types import TracebackType
@@ -23,10 +25,12 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from .. import payloads
+from .._seal import SealKeys, sealed_size
 from ..security import is_local_host
 from . import logs
 from .access import ReaderRule
-from .auth import MIN_SECRET_BYTES, Authenticator, check_listening, is_foreign_page
+from .auth import MIN_SECRET_BYTES, Admission, Authenticator, check_listening, is_foreign_page
+from .channel import Channel
 from .connection import CLOSE_TIMEOUT, DEFAULT_MAX_IN_FLIGHT, HostConnection
 from .dispatcher import Dispatcher
 from .engines import Engine, make_engine
@@ -51,6 +55,15 @@ _PING_TIMEOUT = 75.0
 _READ_BYTES = 64 * 1024
 
 
+@dataclasses.dataclass
+class _Admitted:
+    """A host between its handshake and its service."""
+
+    admission: Admission
+    greeting: Greeting
+    keys: SealKeys | None = None
+
+
 class WorkerService:
     """Serve hosts on one port. Use it from one event loop; ``async with`` starts and stops it.
 
@@ -64,6 +77,7 @@ class WorkerService:
     ``max_in_flight`` (default 10,000) how many runs of a host may be under way before reading from it
     pauses, ``dedupe_window`` (default 300 s) how long a result is given out again for its
     ``delivery_idempotency_key``.
+    ``require_seal`` refuses hosts whose messages are not sealed.
     ``insecure`` allows to listen beyond loopback without TLS and security.
     ``counters`` tells what was refused, ignored or dropped, by reason.
 
@@ -86,6 +100,7 @@ class WorkerService:
         max_queue: int = _DEFAULT_MAX_QUEUE,
         max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
         dedupe_window: float = _DEFAULT_DEDUPE_WINDOW,
+        require_seal: bool = False,
         insecure: bool = False,
     ) -> None:
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
@@ -105,6 +120,8 @@ class WorkerService:
             raise ValueError(f"dedupe_window must be a number of seconds from 0 on, not {dedupe_window}.")
         self._auth = Authenticator(security)
         authenticated = self._auth.mode != "none"
+        if require_seal and self._auth.mode not in ("signed", "ed25519"):
+            raise ValueError("require_seal needs keys: set security to 'env:VARIABLE', the hosts' secret.")
         check_listening(host, tls=ssl_context is not None, authenticated=authenticated, insecure=insecure)
         payloads.encode_value(None)  # a missing cloudpickle shall be told now and not by every run
         self._host = host
@@ -117,6 +134,9 @@ class WorkerService:
         self._dedupe_window = dedupe_window
         self._max_in_flight = max_in_flight
         self._insecure = insecure
+        self._require_seal = require_seal
+        # By weak reference: a host may be gone before its handshake is done.
+        self._admitted: weakref.WeakKeyDictionary[ServerConnection, _Admitted] = weakref.WeakKeyDictionary()
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
         self._dispatcher: Dispatcher | None = None
@@ -182,7 +202,7 @@ class WorkerService:
             process_response=self._greet,
             server_header=None,
             compression=None,
-            max_size=self._max_message_bytes,
+            max_size=sealed_size(self._max_message_bytes),
             max_queue=1024,
             write_limit=256 * 1024,
             ping_interval=_PING_INTERVAL,
@@ -290,33 +310,56 @@ class WorkerService:
             _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
             return connection.respond(403, "403 Forbidden\n")
         try:
-            self._auth.verify(request.headers.get_all, request.path)
+            admission = self._auth.verify(request.headers, request.path)
         except PermissionError as exc:
             self.counters["unauthorized"] += 1
             _logger.warning("Refused %s with 401: %s", peer, exc, extra=_about("refuse", peer))
             return connection.respond(401, "401 Unauthorized\n")
+        greeting = _greeting(admission, request)
+        if self._require_seal and "seal" not in greeting.features:
+            self.counters["not_sealed"] += 1
+            why = "its messages would not be sealed"
+            _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
+            return connection.respond(403, "403 Forbidden\n")
+        self._admitted[connection] = _Admitted(admission, greeting)
         return None
 
     def _greet(self, connection: ServerConnection, request: Request, response: Response) -> None:
         """Answer a host of this package in its own words; a foreign one never sees our headers."""
-        if response.status_code == 101:
-            greeting = Greeting.read(request.headers.get_all)
-            response.headers.update(greeting.answer(self._id, self._max_message_bytes, self._engine.cancels))
+        if response.status_code != 101:
+            return
+        admitted = self._admitted[connection]
+        proof = admitted.admission.proof
+        headers = admitted.greeting.answer(self._id, self._max_message_bytes, self._engine.cancels)
+        if headers and proof is not None and proof.answers:
+            headers, keys = proof.answer(headers)
+            admitted.keys = keys if "seal" in admitted.greeting.features else None
+        response.headers.update(headers)
 
     async def _serve_host(self, connection: ServerConnection) -> None:
-        assert self._dispatcher is not None and connection.request is not None
+        assert self._dispatcher is not None
         _set_user_timeout(connection)
         # asyncio makes a buffer of this size for each read, and 256 KiB cost a system call or two more.
         connection.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
-        get_all = connection.request.headers.get_all
-        greeting = Greeting.read(get_all)
-        host = HostConnection(connection, greeting, self.counters, max_in_flight=self._max_in_flight)
+        admitted = self._admitted.pop(connection)
+        host = HostConnection(
+            connection,
+            Channel(connection, self._max_message_bytes, admitted.keys),
+            admitted.greeting,
+            self.counters,
+            max_in_flight=self._max_in_flight,
+        )
         self.counters["connections"] += 1
         peer = _peer(connection)
         _logger.info("Host %s connected.", peer, extra=_about("connect", peer))
-        await self._dispatcher.serve(host, self._auth.key_id(get_all))
+        await self._dispatcher.serve(host, admitted.admission.key_id)
         code = connection.close_code
         _logger.info("Host %s is gone (close code %s).", peer, code, extra=_about("lose", peer))
+
+
+def _greeting(admission: Admission, request: Request) -> Greeting:
+    seals = admission.proof is not None and admission.proof.answers
+    return Greeting.read(request.headers.get_all, seals=seals)
 
 
 def _about(action: str, peer: str) -> dict[str, str]:

@@ -1,0 +1,176 @@
+"""Whom a worker service knows: the ``--security`` value as keys.
+
+Owns: reading that value, and the files that it names, again when one of them has changed. Never:
+sees a handshake; what is wrong in a changed file is logged, and the keys from before stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+import wove
+
+from .._keys import Key, KeyPair, SharedKey, private_key, public_key, read_secret
+
+__all__ = ["Keyring", "Keys"]
+
+_logger = logging.getLogger("wove_ws_sync.worker")
+
+_LABEL = "security"
+#: Files are looked at no more often than this, in seconds: a flood of handshakes must not cost more.
+_LOOK_EVERY = 1.0
+
+
+class Keys:
+    """What one version of the value says: frozen.
+
+    ``mode`` is "none", "signed", "bearer" or "ed25519"; ``by_id`` has the keys of each key id,
+    ``token`` is that of "bearer". Raises what Wove raises for a wrong value.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.by_id: dict[str, list[Key]] = {}
+        self.token = b""
+        self.skew = 300.0
+        self.remembers = True
+        self.files: list[str] = []
+        if isinstance(config, str) and config.startswith("file:"):
+            config = self._from_file(config[5:])
+        if isinstance(config, Mapping) and config.get("type") == "ed25519":
+            self.mode = "ed25519"
+            self._take_options(config)
+            self._take_key_pairs(config)
+        elif isinstance(config, Mapping) and ("keys" in config or "secret_file" in config):
+            self.mode = "signed"
+            self._take_options(config)
+            self._take_secrets(config)
+        else:
+            self._take_wove(config)
+        if self.mode == "signed" and not (math.isfinite(self.skew) and self.skew > 0):
+            raise ValueError(f"{_LABEL}.clock_skew_seconds must be a number above 0, not {self.skew!r}.")
+
+    def __repr__(self) -> str:
+        return f"<Keys {self.mode} {sorted(self.by_id)}>"
+
+    @property
+    def secrets(self) -> list[bytes]:
+        """Return what a reader of the status page may show, instead of signing."""
+        if self.mode == "bearer":
+            return [self.token]
+        return [key.secret for keys in self.by_id.values() for key in keys if key.secret]
+
+    def _from_file(self, path: str) -> Any:
+        self.files.append(path)
+        try:
+            with open(path, "rb") as file:
+                config = tomllib.load(file)
+        except OSError as exc:
+            raise RuntimeError(f"{_LABEL} file {path!r} cannot be read: {exc.strerror}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError):  # the text of the error may be that of a secret
+            config = None
+        if not config:
+            raise ValueError(f"{_LABEL} file {path!r} is no TOML file of a security dictionary.")
+        return config
+
+    def _take_wove(self, config: Any) -> None:
+        security = wove.NetworkExecutorSecurity.from_config(config)
+        self.mode = str(security.mode)
+        if self.mode == "bearer":
+            self.token = str(security.token).encode("utf-8")
+        elif self.mode == "signed":
+            if not security.secret:
+                raise ValueError("The secret of the worker service is empty; set one of at least 16 bytes.")
+            self.skew, self.remembers = security.clock_skew_seconds, security.remember_nonces
+            self.by_id[security.key] = [SharedKey(security.key, security.secret)]
+
+    def _take_options(self, config: Mapping[str, Any]) -> None:
+        if config.get("type", "signed") != self.mode:
+            raise ValueError(f"{_LABEL}.type must be 'signed' with keys and secret_file.")
+        self.skew = float(config.get("clock_skew_seconds", 300.0))
+        self.remembers = bool(config.get("remember_nonces", True))
+
+    def _take_secrets(self, config: Mapping[str, Any]) -> None:
+        entries = config.get("keys", [config])
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise TypeError(f"{_LABEL}.keys must be a list of dictionaries, each with a key and its secret.")
+        if not entries:
+            raise ValueError(f"{_LABEL}.keys is empty: nobody could connect.")
+        for position, entry in enumerate(entries):
+            label = f"{_LABEL}.keys[{position}]" if "keys" in config else _LABEL
+            if "keys" in config and not entry.get("key"):
+                raise ValueError(f"{label} must have a key, its name.")
+            key_id = str(entry.get("key", "default"))
+            if entry.get("secret") is None and entry.get("secret_env") is None and "secret_file" in entry:
+                self.files.append(str(entry["secret_file"]))
+            self.by_id.setdefault(key_id, []).append(SharedKey(key_id, read_secret(entry, label)))
+
+    def _take_key_pairs(self, config: Mapping[str, Any]) -> None:
+        hosts, own = config.get("hosts"), config.get("private_key_file")
+        if not isinstance(hosts, Mapping) or not hosts:
+            raise ValueError(
+                f"{_LABEL}.hosts must be a dictionary: each host's name, and the PEM file of its public key."
+            )
+        private = None
+        if own is not None:
+            self.files.append(str(own))
+            private = private_key(str(own), f"{_LABEL}.private_key_file")
+        for key_id, path in hosts.items():
+            self.files.append(str(path))
+            public = public_key(str(path), f"{_LABEL}.hosts.{key_id}")
+            self.by_id[str(key_id)] = [KeyPair(str(key_id), private, public)]
+
+
+class Keyring:
+    """The keys in force. Thread-safe. Raises what :class:`Keys` raises for the first version."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._keys = Keys(config)
+        self._seen = _look(self._keys.files)
+        self._look_at = 0.0
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Keyring {self._keys.mode}>"
+
+    def keys(self) -> Keys:
+        """Return the keys, read again if a file that they are from has changed."""
+        if self._keys.files and time.monotonic() >= self._look_at:
+            with self._lock:
+                self._look_at = time.monotonic() + _LOOK_EVERY
+                seen = _look(self._keys.files)
+                if seen != self._seen:
+                    self._read_again()
+                    self._seen = _look(self._keys.files)
+        return self._keys
+
+    def _read_again(self) -> None:
+        try:
+            keys = Keys(self._config)
+            if keys.mode != self._keys.mode:
+                raise ValueError(f"the type changed from {self._keys.mode!r}, which needs a restart.")
+        except (OSError, RuntimeError, ValueError, TypeError) as exc:
+            _logger.error("The keys of hosts stay as they were: %s", exc)
+        else:
+            self._keys = keys
+            _logger.info("The keys of hosts were read again: %s.", ", ".join(sorted(keys.by_id)) or keys.mode)
+
+
+def _look(files: list[str]) -> list[tuple[int, int, int] | None]:
+    """Return what shows that a file is another one than before."""
+    seen: list[tuple[int, int, int] | None] = []
+    for path in files:
+        try:
+            status = os.stat(path)
+        except OSError:
+            seen.append(None)
+        else:
+            seen.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return seen
