@@ -70,9 +70,7 @@ class Way:
             else:
                 message = self._open_boxes(sealed if isinstance(sealed, bytearray) else bytearray(sealed))
         except InvalidTag:
-            raise BrokenSeal(
-                "a message that cannot be opened: it was changed, repeated or is not next"
-            ) from None
+            raise BrokenSeal("a sealed message was changed, or is not the next one") from None
         self._number += 1
         return message
 

@@ -98,7 +98,7 @@ def _freeze(value: Any) -> tuple[str, str | tuple[tuple[str, Any], ...] | None]:
     if "keys" in value:
         frozen["keys"] = _frozen_keys(value["keys"], mode, plain)
     if mode == "ed25519":
-        _check_key_pair(frozen)
+        _check_key_pair(plain)
     return mode, tuple(sorted(frozen.items()))
 
 

@@ -361,7 +361,8 @@ def test_local_name_must_be_local(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target", ["/", "/a/b;v=1", "/a;b?x=1;2&y", "/%C3%A9?q=%20", "//double"])
-def test_request_is_exact(target: str) -> None:
+@pytest.mark.parametrize("offer", [{}, {"seal": "off", "worker_auth": "off"}], ids=["proof", "no proof"])
+def test_request_is_exact(target: str, offer: dict[str, str]) -> None:
     """The target that was signed is the one that is sent, headers arrive as given, and no others."""
     peers: list[Peer] = []
     with Listener(lambda peer: peers.append(peer.upgrade())) as listener:
@@ -370,6 +371,7 @@ def test_request_is_exact(target: str) -> None:
             target=target,
             security={"type": "signed", "secret": SECRET},
             headers={"X-Mine": "caf\xe9", "User-Agent": "me"},
+            **offer,
         )
         with dialled(options):
             listener.result()
@@ -384,12 +386,13 @@ def test_request_is_exact(target: str) -> None:
     assert headers["upgrade"] == "websocket"
     assert headers["connection"] == "Upgrade"
     assert headers["sec-websocket-version"] == "13"
-    assert headers["x-wove-sync"] == "1"
+    assert headers["x-wove-sync"] == ("1" if offer else "1; f=seal")
     assert headers["x-wove-max-message"] == str(options.max_message_bytes)
     names = [line.partition(":")[0].lower() for line in request.split("\r\n")[1:]]
     assert len(names) == len(set(names))
     signature = {"x-wove-key", "x-wove-timestamp", "x-wove-nonce", "x-wove-signature"}
     ours = {"x-wove-sync", "x-wove-max-message", "x-mine", "user-agent"}
+    ours |= set() if offer else {"x-wove-host-nonce", "x-wove-host-proof"}
     upgrade = {"host", "upgrade", "connection", "sec-websocket-key", "sec-websocket-version"}
     assert set(names) == signature | ours | upgrade
 

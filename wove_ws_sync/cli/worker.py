@@ -53,8 +53,10 @@ def register(subparsers: Any) -> None:
         "--security",
         type=_security,
         metavar="env:VARIABLE",
-        help="environment variable that holds the shared secret",
+        help="environment variable that holds the shared secret; file:PATH for a TOML file with several "
+        "keys, which is read again when it changes",
     )
+    add("--require-seal", action=_Switch, default=False, help="refuse hosts whose messages are not sealed")
     add("--engine", type=_engine, default="threads", metavar="ENGINE",
         help="what runs the tasks: threads (the default), processes, dask:ADDRESS, or module:factory "
         "for a function that returns a concurrent.futures.Executor")  # fmt: skip
@@ -109,10 +111,11 @@ def _number(text: str, kind: Any = int) -> Any:
 
 
 def _security(text: str) -> str:
-    if text != "none" and not (text.startswith("env:") and len(text) > 4):
+    kind, _, name = text.partition(":")
+    if text != "none" and not (kind in ("env", "file") and name):
         raise argparse.ArgumentTypeError(
             "it must be 'env:VARIABLE', which names the environment variable of the secret, "
-            "and not a secret itself (not shown)"
+            "or 'file:PATH', and not a secret itself (not shown)"
         )
     return text
 
@@ -179,6 +182,14 @@ def _run_service(settled: Settled) -> int:
     if kind == "env" and not os.environ.get(secret):
         state = "is empty" if secret in os.environ else "is not set"
         return _fail(settled.blame(f"the secret of --security is missing: {secret!r} {state}."), _NO_SECRET)
+    from ..worker.keyring import Keyring
+
+    try:
+        Keyring(options.security)
+    except RuntimeError as exc:
+        return _fail(settled.blame(f"the secret of --security is missing: {exc}"), _NO_SECRET)
+    except (ValueError, TypeError) as exc:
+        return _fail(settled.blame(f"--security: {exc}"), _USAGE)
     try:
         context = _ssl_context(options)
     except (OSError, ssl.SSLError) as exc:
@@ -229,6 +240,7 @@ async def _serve(settled: Settled, context: ssl.SSLContext | None) -> tuple[int,
             max_queue=options.max_queue,
             max_in_flight=options.max_in_flight,
             dedupe_window=options.dedupe_window,
+            require_seal=options.require_seal,
             insecure=options.insecure,
         )
         await service.start()

@@ -160,7 +160,7 @@ def _signer(keys: list[Key], signed: dict[str, str], skew: float, target: str) -
             except (TypeError, ValueError) as exc:  # some strings that headers can hold have no signature
                 raise PermissionError(f"The credentials are malformed ({type(exc).__name__}).") from None
             return key
-    raise PermissionError("Invalid Wove network executor signature, or a key id that nobody has.")
+    raise PermissionError(f"Invalid Wove network executor {'key' if keys == [_NOBODY] else 'signature'}.")
 
 
 def _proof(key: Key, headers: Fields, target: str) -> WorkerProof | None:
