@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from wove_ws_sync.cli import _bench_cases as cases
+from wove_ws_sync.cli import _bench_ground as cases
 from wove_ws_sync.cli import bench
 
 
@@ -27,7 +27,14 @@ def test_quick_report() -> None:
     report: dict[str, Any] = json.loads(done.stdout)
     assert {"wove", "websockets", "websocket-client"} <= report["versions"].keys()
     assert report["python"].split()[1].startswith("3.") and report["cpus"] >= 1
-    assert [case["case"] for case in report["cases"]] == ["weave", "roundtrip", "pipelined", "large", "cores"]
+    assert [case["case"] for case in report["cases"]] == [
+        "weave",
+        "roundtrip",
+        "pipelined",
+        "large",
+        "cores",
+        "seal",
+    ]
     for case in report["cases"]:
         for row in case["contestants"]:
             assert all(math.isfinite(row[key]) for key in ("low", "median", "high")), row

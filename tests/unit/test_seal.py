@@ -105,6 +105,45 @@ def test_nothing_that_was_not_sealed_opens(junk: bytes) -> None:
         worker.incoming.open(junk)
 
 
+@st.composite
+def tampered(draw: st.DrawFn) -> tuple[list[bytes], list[bytes]]:
+    """Return messages, and what a man in the middle makes of them once they are sealed."""
+    messages = draw(st.lists(st.binary(max_size=40), min_size=1, max_size=8))
+    host, _ = both()
+    boxes = [host.outgoing.seal(message) for message in messages]
+    for _ in range(draw(st.integers(0, 3))):
+        place = draw(st.integers(0, len(boxes)))
+        deed = draw(st.sampled_from(["drop", "repeat", "move", "flip", "cut", "plant"]))
+        if deed == "plant":
+            boxes.insert(place, draw(st.binary(max_size=60)))
+        elif place < len(boxes):
+            box = boxes.pop(place)
+            if deed == "repeat":
+                boxes[place:place] = [box, box]
+            elif deed == "move":
+                boxes.insert(draw(st.integers(0, len(boxes))), box)
+            elif deed == "flip":
+                bit = draw(st.integers(0, max(0, len(box) * 8 - 1)))
+                boxes.insert(place, bytes(b ^ ((bit // 8 == i) << bit % 8) for i, b in enumerate(box)))
+            elif deed == "cut":
+                boxes.insert(place, box[: draw(st.integers(0, len(box)))])
+    return messages, boxes
+
+
+@given(tampered())
+def test_what_opens_is_what_was_sent_up_to_the_first_change(case: tuple[list[bytes], list[bytes]]) -> None:
+    """Whatever is done to the messages: a receiver that ends the connection then has seen a prefix."""
+    messages, boxes = case
+    _, worker = both()
+    opened = []
+    try:
+        for box in boxes:
+            opened.append(bytes(worker.incoming.open(box)))
+    except BrokenSeal:
+        pass
+    assert opened == messages[: len(opened)]
+
+
 def test_keys_are_not_shown_and_not_pickled() -> None:
     host, _ = both()
     assert not any(letter in repr(host.outgoing) for letter in ("key", "AESGCM"))

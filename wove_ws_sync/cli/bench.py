@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ._bench_cases import CASES, Case, Ground, Ratio
+from ._bench_cases import CASES
+from ._bench_ground import Case, Ground, Ratio
 
 __all__ = ["register"]
 
