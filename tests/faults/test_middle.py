@@ -94,7 +94,7 @@ DEEDS = ["flip", "flip the tag", "drop", "repeat", "swap", "unsealed"]
 
 @pytest.mark.parametrize("deed", DEEDS)
 @pytest.mark.parametrize("way", ["up", "down"])
-def test_a_changed_message_ends_the_connection_and_hurts_no_run(
+def test_f42_a_changed_message_ends_the_connection_and_hurts_no_run(
     middle: Middle, tmp_path: Path, way: str, deed: str
 ) -> None:
     """Everything that waits is delivered again, and every result is the one that the task returned."""
@@ -191,7 +191,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("change", REQUESTS.values(), ids=REQUESTS)
-def test_a_changed_request_is_refused(middle: Middle, change: Callable[[bytes], bytes]) -> None:
+def test_f42_a_changed_request_is_refused(middle: Middle, change: Callable[[bytes], bytes]) -> None:
     """The worker service notices; nothing of the host is looked at."""
     middle.on_request = change
     with executor(middle) as pool, pytest.raises(HandshakeRejected) as caught:
@@ -200,7 +200,7 @@ def test_a_changed_request_is_refused(middle: Middle, change: Callable[[bytes], 
 
 
 @pytest.mark.parametrize("change", STRIPPED_REQUESTS.values(), ids=STRIPPED_REQUESTS)
-def test_a_stripped_request_is_refused(middle: Middle, change: Callable[[bytes], bytes]) -> None:
+def test_f42_a_stripped_request_is_refused(middle: Middle, change: Callable[[bytes], bytes]) -> None:
     """The host notices that the worker service took it for one of another make."""
     middle.on_request = change
     with (
@@ -211,7 +211,7 @@ def test_a_stripped_request_is_refused(middle: Middle, change: Callable[[bytes],
 
 
 @pytest.mark.parametrize("change", ANSWERS.values(), ids=ANSWERS)
-def test_a_changed_answer_is_refused(middle: Middle, change: Callable[[bytes], bytes]) -> None:
+def test_f42_a_changed_answer_is_refused(middle: Middle, change: Callable[[bytes], bytes]) -> None:
     """The host notices before it has sent a message; with what to do about it."""
     middle.on_answer = change
     with executor(middle) as pool, pytest.raises(HandshakeRejected, match="what is between") as caught:
@@ -258,7 +258,7 @@ def replay(port: int, tape: Tape) -> tuple[int, int | None]:
                 return status, int.from_bytes(payload[:2], "big")
 
 
-def test_a_recording_is_worth_nothing(worker: LoopbackWorker, middle: Middle, tmp_path: Path) -> None:
+def test_f42_a_recording_is_worth_nothing(worker: LoopbackWorker, middle: Middle, tmp_path: Path) -> None:
     """Played to the same worker service, to a sibling, and to the same one after a restart: no run."""
     with worker_with_secret() as other:
         tape = recorded(middle, tmp_path)

@@ -180,3 +180,16 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     command = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1]
     assert command.endswith("/tox")
     assert f"\n{command}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_test_that_the_security_model_names_exists() -> None:
+    """A reviewer can look up what shows each row; a row without a test is none."""
+    page = (DOCS / "topics/security-model.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named <= set(re.findall(r"def (test_\w+)\(", tests))
+    tables = page.partition("## What is on without a word")[2].partition("## What it does not do")[0]
+    assert len(named) > 30
+    for line in tables.splitlines():
+        if line.startswith("| ") and not line.startswith(("| attack |", "| against |")):
+            assert "`test_" in line.rpartition(" | ")[2] or "`test_" in line.split("|")[-2], line
