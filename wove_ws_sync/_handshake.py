@@ -66,7 +66,7 @@ def upgrade(
     if websocket.isEnabledForTrace():
         warn("websocket.enableTrace(True) was called: what passes through websocket-client is logged")
     key = base64.b64encode(os.urandom(16)).decode()
-    proof = security.host_proof(options, headers, key)
+    proof = security.host_proof(options, headers)
     if proof is not None:
         headers = proof.headers
     for name, value in headers.items():

@@ -27,14 +27,6 @@ class Key(Protocol):
     id: str
 
     @property
-    def proves(self) -> bool:
-        """Tell whether this side can prove itself with it."""
-
-    @property
-    def checks(self) -> bool:
-        """Tell whether the other side can be checked with it."""
-
-    @property
     def secret(self) -> bytes:
         """Return what both sides know and nobody else; b"" if there is nothing like that."""
 
@@ -65,8 +57,6 @@ class SharedKey(_Holder):
 
     __slots__ = ("_secret",)
 
-    proves = checks = True
-
     def __init__(self, key_id: str, secret: bytes) -> None:
         super().__init__(key_id)
         self._secret = secret
@@ -96,26 +86,16 @@ class SharedKey(_Holder):
 
 
 class KeyPair(_Holder):
-    """This side's private key, and the public key of the other side; one may be missing."""
+    """This side's private key, and the public key of the other side."""
 
     __slots__ = ("_private", "_public")
 
     secret = b""
 
-    def __init__(self, key_id: str, private: Any = None, public: Any = None) -> None:
+    def __init__(self, key_id: str, private: Any, public: Any) -> None:
         super().__init__(key_id)
         self._private = private
         self._public = public
-
-    @property
-    def proves(self) -> bool:
-        """Tell whether there is a private key."""
-        return self._private is not None
-
-    @property
-    def checks(self) -> bool:
-        """Tell whether the public key of the other side is known."""
-        return self._public is not None
 
     def sign(self, text: bytes) -> bytes:
         """Return the Ed25519 signature of *text*."""
@@ -204,7 +184,10 @@ def public_key(path: str, label: str) -> Any:
 def _read(path: str, label: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(_MAX_FILE_BYTES)
+            content = file.read(_MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is no path"
         raise RuntimeError(f"{label} {path!r} cannot be read: {reason}.") from None
+    if len(content) > _MAX_FILE_BYTES:
+        raise ValueError(f"{label} {path!r} is larger than a key, {_MAX_FILE_BYTES} bytes.")
+    return content

@@ -3,8 +3,9 @@
 Owns: what each of the two signs, and the keys that seal what follows. Never: keeps a secret, sees
 a message, decides what is done about a peer that proves nothing.
 
-The host signs its request: the target, its ``X-Wove-*`` headers, the key of the WebSocket
-handshake. The worker service signs the request as it arrived, and its own headers in the answer.
+The host signs its request: the target, and its ``X-Wove-*`` headers. The worker service signs the
+request as it arrived, and its own headers in the answer. (What WebSocket itself needs is not among
+them: a gateway may have a handshake of its own with each side.)
 So nothing that one said reaches the other changed or taken out without being noticed, and neither
 signature fits any other connection: both cover a nonce of either side. The nonces are X25519 keys
 made for this connection, so that a secret that gets known later opens nothing that was recorded.
@@ -43,12 +44,12 @@ class BadProof(ValueError):
 class HostProof:
     """The host's part of one handshake. One thread."""
 
-    def __init__(self, key: Key, target: str, headers: Mapping[str, str], websocket_key: str) -> None:
+    def __init__(self, key: Key, target: str, headers: Mapping[str, str]) -> None:
         self._key = key
         self._ephemeral = X25519PrivateKey.generate()
         #: What is sent: *headers* with the nonce and the proof.
         self.headers = {**headers, HOST_NONCE: _encode(_public(self._ephemeral))}
-        self._request = _request(target, self.headers.items(), websocket_key)
+        self._request = _request(target, self.headers.items())
         self.headers[HOST_PROOF] = _VERSION + _encode(key.sign(self._request))
 
     def judge(self, answer: Mapping[str, str]) -> SealKeys | None:
@@ -58,7 +59,7 @@ class HostProof:
         """
         proof = answer.get(_WORKER_PROOF.lower())
         nonce = answer.get(_WORKER_NONCE.lower())
-        if proof is None or nonce is None or not self._key.checks:
+        if proof is None or nonce is None:
             return None
         transcript = _answer(self._request, self.headers[HOST_PROOF], answer.items())
         if not self._key.verify(transcript, _signature(proof)):
@@ -70,23 +71,16 @@ class HostProof:
 class WorkerProof:
     """The worker service's part of one handshake. Raises BadProof if the host's proof is wrong."""
 
-    def __init__(
-        self, key: Key, target: str, headers: Iterable[tuple[str, str]], websocket_key: str, proof: str
-    ) -> None:
+    def __init__(self, key: Key, target: str, headers: Iterable[tuple[str, str]], proof: str) -> None:
         self._key = key
         self._proof = proof
         fields = [(name, value) for name, value in headers if name.lower() != HOST_PROOF.lower()]
-        self._request = _request(target, fields, websocket_key)
+        self._request = _request(target, fields)
         if not key.verify(self._request, _signature(proof)):
             raise BadProof("the proof of the host is wrong")
-        nonces = [value.strip() for name, value in fields if name.lower() == HOST_NONCE.lower()]
+        nonces = [value.strip(" \t") for name, value in fields if name.lower() == HOST_NONCE.lower()]
         self._ephemeral = X25519PrivateKey.generate()
         self._shared = _exchange(self._ephemeral, nonces[0] if len(nonces) == 1 else "")
-
-    @property
-    def answers(self) -> bool:
-        """Tell whether this side can prove itself, too."""
-        return self._key.proves
 
     def answer(self, headers: Mapping[str, str]) -> tuple[dict[str, str], SealKeys]:
         """Return *headers* of the response with this side's proof, and the keys for what follows."""
@@ -96,8 +90,8 @@ class WorkerProof:
         return answer, derive_keys(self._shared + self._key.secret, transcript, of_host=False)
 
 
-def _request(target: str, headers: Iterable[tuple[str, str]], websocket_key: str) -> bytes:
-    return _text("wove-sync-v1-cli", target, websocket_key, *_ours(headers))
+def _request(target: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    return _text("wove-sync-v1-cli", target, *_ours(headers))
 
 
 def _answer(request: bytes, proof: str, headers: Iterable[tuple[str, str]]) -> bytes:
@@ -107,7 +101,7 @@ def _answer(request: bytes, proof: str, headers: Iterable[tuple[str, str]]) -> b
 
 def _ours(headers: Iterable[tuple[str, str]]) -> list[str]:
     """Return the headers of this package and of Wove in one order, whatever a proxy made of it."""
-    fields = sorted((name.lower(), value.strip()) for name, value in headers)
+    fields = sorted((name.lower(), value.strip(" \t")) for name, value in headers)
     return [text for field in fields if field[0].startswith("x-wove-") for text in field]
 
 

@@ -41,11 +41,12 @@ class SealKeys(NamedTuple):
 class Way:
     """One direction of one connection. One thread at a time; not to be pickled or copied."""
 
-    __slots__ = ("_cipher", "_number")
+    __slots__ = ("_broken", "_cipher", "_number")
 
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
         self._number = 0
+        self._broken = False
 
     def seal(self, message: bytes, start: int = 0) -> bytes:
         """Return the box of the piece of *message* at *start*; pieces are to be taken in order.
@@ -62,8 +63,11 @@ class Way:
     def open(self, sealed: bytes | bytearray) -> bytes | bytearray:
         """Return the message in *sealed*, in place if that is a bytearray of several boxes.
 
-        Raises BrokenSeal; nothing that comes after that can be trusted.
+        Raises BrokenSeal, and for everything after that, too.
         """
+        if self._broken:
+            raise BrokenSeal("a message after one that could not be opened")
+        self._broken = True
         try:
             if len(sealed) <= _BOX_BYTES:
                 message: bytes | bytearray = self._cipher.decrypt(self._nonce(0, True), sealed, None)
@@ -72,6 +76,7 @@ class Way:
         except InvalidTag:
             raise BrokenSeal("a sealed message was changed, or is not the next one") from None
         self._number += 1
+        self._broken = False
         return message
 
     def _open_boxes(self, buffer: bytearray) -> bytearray:

@@ -15,7 +15,10 @@ __all__ = ["SecurityConfig"]
 
 _TYPES = ("signed", "bearer", "none", "ed25519")
 _SECRETS = frozenset({"secret", "secret_env", "secret_file"})
-_KEY_PAIR_REMEDY = "key is the name by which workers know this host, private_key_file a PEM file"
+_KEY_PAIR_REMEDY = (
+    "key is the name by which workers know this host, private_key_file the PEM file of its private key, "
+    "worker_key_file that of the public key of the worker service"
+)
 _KEY_PAIR = frozenset({"type", "key", "private_key_file", "worker_key_file"})
 
 
@@ -145,8 +148,6 @@ def _check_key_pair(config: dict[str, Any]) -> None:
         if name not in _KEY_PAIR:
             hint = unknown(name, _KEY_PAIR)
             raise ValueError(f"{label} has no key {show(name)} with type 'ed25519'. {hint}")
-    for name in ("key", "private_key_file"):
+    for name in ("key", "private_key_file", "worker_key_file"):
         if not isinstance(config.get(name), str) or not config[name]:
             raise ValueError(f"{label}.{name} must be text with type 'ed25519': {_KEY_PAIR_REMEDY}.")
-    if not isinstance(config.get("worker_key_file", ""), str):
-        raise TypeError(f"{label}.worker_key_file must be the path of a PEM file.")

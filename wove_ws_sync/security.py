@@ -76,13 +76,16 @@ def _checked_options(config: Mapping[str, Any]) -> LinkOptions:
             )
     key = host_key(options)
     for name in ("seal", "worker_auth"):
-        if getattr(options, name) == "require" and not (key is not None and key.checks):
-            remedy = (
-                "name the public key of the worker service in executor_config.security.worker_key_file"
-                if mode == "ed25519"
-                else "set executor_config.security to a secret that both sides know, 'env:VARIABLE'"
+        if getattr(options, name) == "require" and key is None:
+            raise ValueError(
+                f"executor_config.{name}='require' has nothing to check with; set executor_config.security "
+                "to a secret that both sides know, 'env:VARIABLE'."
             )
-            raise ValueError(f"executor_config.{name}='require' has nothing to check with; {remedy}.")
+    if mode == "ed25519" and options.seal == "off":
+        raise ValueError(
+            "executor_config.seal='off' does not go with key pairs: a signature alone could be passed on "
+            "to another worker service. Leave the key out for the default, 'auto'."
+        )
     _headers(options, key)
     return options
 
@@ -97,22 +100,24 @@ def handshake_headers(options: LinkOptions) -> dict[str, str]:
     return _headers(options, host_key(options))
 
 
-def host_proof(options: LinkOptions, headers: Mapping[str, str], websocket_key: str) -> HostProof | None:
+def host_proof(options: LinkOptions, headers: Mapping[str, str]) -> HostProof | None:
     """Return the host's proof for a handshake with *headers*; None if nothing is to be proven.
 
-    Its ``headers`` offer the extension ``seal``, unless it is off. Raises as :func:`handshake_headers`.
+    Its ``headers`` are signed anew, by the key of the proof, and offer the extension ``seal`` unless
+    it is off. Raises as :func:`handshake_headers`.
     """
+    if options.seal == options.worker_auth == "off":
+        return None
     key = host_key(options)
-    wanted = {options.seal, options.worker_auth} != {"off"} or options.security.mode == "ed25519"
-    if key is None or not wanted:
+    if key is None:
         return None
     from ._proof import HostProof
 
-    offered = dict(headers)
-    if options.seal != "off" and key.checks:
+    offered = {**headers, **_credentials(options, key)}
+    if options.seal != "off":
         known = offered.get("X-Wove-Sync", "1")
         offered["X-Wove-Sync"] = f"{known},seal" if "f=" in known else f"{known}; f=seal"
-    return HostProof(key, options.target, offered, websocket_key)
+    return HostProof(key, options.target, offered)
 
 
 def host_key(options: LinkOptions) -> Key | None:
@@ -124,8 +129,7 @@ def host_key(options: LinkOptions) -> Key | None:
     if options.security.mode == "ed25519":
         label = "executor_config.security"
         private = private_key(config["private_key_file"], f"{label}.private_key_file")
-        worker = config.get("worker_key_file")
-        public = public_key(worker, f"{label}.worker_key_file") if worker else None
+        public = public_key(config["worker_key_file"], f"{label}.worker_key_file")
         return KeyPair(config["key"], private, public)
     if options.security.mode != "signed":
         return None
@@ -205,7 +209,8 @@ def _headers(options: LinkOptions, key: Key | None) -> dict[str, str]:
 
 
 def _credentials(options: LinkOptions, key: Key | None) -> dict[str, str]:
-    if isinstance(key, KeyPair):  # the proof is the signature
+    if isinstance(key, KeyPair) or (key is not None and "require" in (options.seal, options.worker_auth)):
+        # The proof is the signature: Wove's own would let somebody in between go on as a host of Wove's.
         return {
             "X-Wove-Key": key.id,
             "X-Wove-Timestamp": str(int(time.time())),

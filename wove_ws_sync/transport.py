@@ -111,6 +111,10 @@ class WebSocketTransport:
         self._keys = answer.keys
         self._frames = FrameReader(wire, options.max_message_bytes, sealing=_sealing(answer, options))
         self._outbox = Outbox(None if answer.keys is None else answer.keys.outgoing)
+        if answer.keys is not None:
+            self._outbox.post(
+                Parcel(b"")
+            )  # shows that this side has the keys, before it has something to say
         self._clock = clock
         # Why the connection is over for the reader, and for writers. A writer that fails leaves the
         # reader what has arrived: results, and perhaps a close frame that says why.

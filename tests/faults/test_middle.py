@@ -274,22 +274,43 @@ def test_f42_a_recording_is_worth_nothing(worker: LoopbackWorker, middle: Middle
     assert ledger.executions(tmp_path) == {"recorded": 2}
 
 
-def test_a_recorded_handshake_without_the_extension_needs_require_seal(tmp_path: Path) -> None:
-    """A sibling takes it for a host of Wove's own, as it does not share nonces; unless it asks for seals."""
+def test_a_recorded_handshake_does_not_break_into_a_connection(tmp_path: Path) -> None:
+    """Played to the worker service that the host is connected to by now, it takes nobody's place."""
+    with worker_with_secret() as worker, Middle(port_of(worker)) as middle:
+        with executor(middle) as pool:
+            assert pool.submit(ledger.record, str(tmp_path), "a", 1).result(WAIT) == 1
+            worker.restart()
+            until(lambda: link_of(pool).stats()["losses"] == 1)
+            assert pool.submit(ledger.record, str(tmp_path), "b", 2).result(WAIT) == 2
+            assert replay(port_of(worker), middle.tapes[0]) == (101, 1008)
+            assert pool.submit(ledger.record, str(tmp_path), "c", 3).result(WAIT) == 3
+            assert link_of(pool).stats()["losses"] == 1
+
+
+@pytest.mark.parametrize("config", [{}, {"seal": "auto", "worker_auth": "auto"}], ids=["require", "auto"])
+def test_a_recorded_handshake_without_its_extensions(tmp_path: Path, config: dict[str, str]) -> None:
+    """One that seals because it must has no signature of Wove's, and is worth nothing anywhere.
+
+    By default it has one, for worker services of another make: a sibling that asks for seals refuses it.
+    """
     strict = LoopbackWorker(
         workers=2,
         security=False,
         args=["--security", "env:SIBLINGS", "--require-seal"],
         env={"SIBLINGS": SECRET},
     )
-    with worker_with_secret() as first, strict, Middle(port_of(first)) as middle:
-        tape = recorded(middle, tmp_path)
-        head = STRIPPED_REQUESTS["it looks like Wove's own"](tape.request[0])
-        assert replay(port_of(strict), Tape([head], tape.frames)) == (403, None)
-        until(lambda: "would not be sealed" in strict.log)
+    with worker_with_secret() as first, worker_with_secret() as second, strict:
+        with Middle(port_of(first)) as middle:
+            with executor(middle, **config) as pool:
+                assert pool.submit(abs, -1).result(WAIT) == 1
+            head = STRIPPED_REQUESTS["it looks like Wove's own"](middle.tapes[0].request[0])
+            tape = Tape([head], middle.tapes[0].frames)
+        assert replay(port_of(strict), tape) == ((403, None) if config else (401, None))
+        assert replay(port_of(second), tape) == ((101, 1007) if config else (401, None))
         with WebSocketExecutor(strict.url, security={"type": "signed", "secret": SECRET}) as pool:
             assert pool.submit(abs, -1).result(WAIT) == 1
         known = wove.NetworkExecutorSecurity(mode="signed", secret=SECRET)
         headers = known.headers_for(transport="websocket", target="/wove", body=b"")
         with pytest.raises(InvalidStatus, match="403"), RawHost(strict, headers=headers):
             pass
+        until(lambda: "would not be sealed" in strict.log)

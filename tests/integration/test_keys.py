@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import operator
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +23,25 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from fault_helpers import WAIT, link_of, until
+from middle import Middle
 from raw_host import RawHost, signed
 from scripted_worker import ScriptedWorker
 from service_thread import ServiceThread
 from websockets.exceptions import InvalidStatus
 from wove.environment import EnvironmentExecutionError
+from ws_peer import TEXT, Listener, Peer, dialled, frame
 
 from wove_ws_sync import AuthenticationRejected, HandshakeRejected, WebSocketExecutor, security
+from wove_ws_sync._keys import KeyPair, private_key, public_key
+from wove_ws_sync._proof import HostProof
+from wove_ws_sync._seal import PIECE_BYTES
+from wove_ws_sync.frames import encode
 from wove_ws_sync.link import LinkState
+from wove_ws_sync.payloads import encode_value
 from wove_ws_sync.testing import LoopbackWorker
+from wove_ws_sync.transport import TransportClosed
+from wove_ws_sync.worker import keyring
+from wove_ws_sync.worker.keyring import Keyring
 
 OLD, NEW, OTHER = (f"{name} secret, 0123456789abcdef" for name in ("old", "new", "other"))
 
@@ -79,20 +92,44 @@ def test_large_messages_are_sealed_in_both_directions(worker: LoopbackWorker) ->
         assert pool.submit(operator.add, blob, b"x").result(WAIT) == blob + b"x"
 
 
-def test_a_limit_is_one_on_what_is_sealed() -> None:
-    """A message as large as allowed is accepted, although it travels with a few bytes more."""
-    limit = 100_000
-    with LoopbackWorker(workers=2, max_message_bytes=limit) as small:
-        with WebSocketExecutor(**small.config, seal="require") as pool:
-            spare = limit
-            with contextlib.suppress(StopIteration):
-                while True:  # the largest argument that still fits, from above
-                    with contextlib.suppress(ValueError):
-                        assert pool.submit(len, bytes(spare)).result(WAIT) == spare
-                        raise StopIteration
-                    spare -= 97
-            assert spare > limit * 0.7
-            assert link_of(pool).stats()["losses"] == 0
+@pytest.mark.parametrize("limit", [100_000, 2 * PIECE_BYTES])
+@pytest.mark.parametrize("seal", ["require", "off"])
+def test_a_worker_takes_a_message_of_exactly_its_limit(seal: str, limit: int) -> None:
+    """Though it travels with some bytes more when it is sealed; one of a byte more ends the connection."""
+    with ServiceThread(security={"secret": OLD}, max_message_bytes=limit) as service:
+        options = security.link_options({"url": service.url, "security": {"secret": OLD}, "seal": seal})
+        for size in (limit, limit + 1):
+            command = b'{"type":"run_task","run_id":"r","unknown":"%b"}'
+            command %= b"x" * (size - len(command) + 2)
+            assert len(command) == size
+            with dialled(options) as transport:
+                assert transport.pump(transport.post(command), WAIT)
+                if size == limit:
+                    assert b"run_task needs a task_id" in base64_decoded(transport.recv())
+                else:
+                    with pytest.raises(TransportClosed) as caught:
+                        transport.recv()
+                    assert caught.value.close_code == 1009
+
+
+def base64_decoded(message: bytes | bytearray) -> bytes:
+    return base64.b64decode(json.loads(message)["error_pickle"])
+
+
+@pytest.mark.parametrize("value", [bytes(30_000), bytes(2 * PIECE_BYTES)], ids=["small", "large"])
+@pytest.mark.parametrize("seal", ["require", "off"])
+def test_a_host_takes_a_message_of_exactly_its_limit(worker: LoopbackWorker, seal: str, value: bytes) -> None:
+    """What is a byte larger is an error of its run only."""
+    event = {"type": "task_result", "run_id": f"bytes:{'0' * 32}", "task_id": "bytes"}
+    limit = len(encode({**event, "result_pickle": encode_value(value)}))
+    with WebSocketExecutor(**worker.config, seal=seal, max_message_bytes=limit) as pool:
+        future = pool.submit(bytes, len(value))
+        assert len(future.run_id) == len(event["run_id"])
+        assert future.result(WAIT) == value
+    with WebSocketExecutor(**worker.config, seal=seal, max_message_bytes=limit - 1) as pool:
+        with pytest.raises(EnvironmentExecutionError, match="Return less"):
+            pool.submit(bytes, len(value)).result(WAIT)
+        assert link_of(pool).stats()["losses"] == 0
 
 
 @pytest.mark.parametrize("name", ["seal", "worker_auth"])
@@ -116,17 +153,36 @@ def test_what_cannot_be_checked_cannot_be_required(name: str, value: Any) -> Non
         security.link_options({"url": "ws://127.0.0.1:1/", "security": value, name: "require"})
 
 
-def test_a_worker_with_another_secret_gets_nothing_decoded() -> None:
-    """One that lets everybody in, and answers as if it knew the secret."""
-    with (
-        ServiceThread() as rogue,
-        WebSocketExecutor(
-            rogue.url, security={"type": "signed", "secret": OLD}, worker_auth="require"
-        ) as pool,
-    ):
-        with pytest.raises(HandshakeRejected, match="did not prove that it has the key"):
-            pool.submit(abs, -1).result(WAIT)
-        assert link_of(pool).stats()["events"] == 0
+ROGUE = (
+    "X-Wove-Sync: 1; f=seal",
+    "X-Wove-Server-Nonce: AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8",
+    "X-Wove-Server-Signature: v1=AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8",
+)
+
+
+@pytest.mark.parametrize("config", [{}, {"worker_auth": "require", "seal": "off"}, {"seal": "require"}])
+@pytest.mark.parametrize("lines", [ROGUE, ROGUE[:1]], ids=["a wrong proof", "no proof"])
+def test_a_worker_with_another_secret_gets_nothing_decoded(
+    lines: tuple[str, ...], config: dict[str, str]
+) -> None:
+    """One that lets everybody in and answers as if it knew the secret; by default, too."""
+    sent = []
+
+    def rogue(peer: Peer) -> None:
+        peer.upgrade(*lines)
+        peer.send(frame(TEXT, b'{"type": "task_result", "run_id": "r", "result_pickle": "gARLAS4="}'))
+        with contextlib.suppress(OSError):
+            sent.append(peer.recv_frame())
+
+    with Listener(rogue) as listener:
+        with WebSocketExecutor(
+            f"ws://127.0.0.1:{listener.port}/wove", security={"secret": OLD}, **config
+        ) as pool:
+            with pytest.raises(HandshakeRejected, match="did not prove that it has the key"):
+                pool.submit(abs, -1).result(WAIT)
+            assert link_of(pool).stats()["events"] == 0
+        listener.result()
+    assert sent == []
 
 
 def test_hosts_of_wove_are_served_as_before(worker: LoopbackWorker) -> None:
@@ -237,6 +293,30 @@ class _Url:
         self.url = url
 
 
+def test_a_change_is_taken_over_whenever_it_comes(tmp_path: Path) -> None:
+    """Also one that comes while the file is read, and a file that is there only later."""
+    path, secret = tmp_path / "keys.toml", tmp_path / "secret"
+    path.write_text(toml(("a", OLD)))
+    ring = Keyring(f"file:{path}")
+    read = keyring.Keys
+
+    class Slow(read):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            if not secret.exists() and "later" not in path.read_text():
+                path.write_text(toml(("b", NEW)) + f'[[keys]]\nkey = "later"\nsecret_file = "{secret}"\n')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyring, "Keys", Slow)
+        patch.setattr(keyring, "_LOOK_EVERY", 0.0)
+        path.write_text(toml(("a", NEW)))
+        for _ in range(3):
+            assert sorted(ring.keys().by_id) == ["a"]  # as the file for "later" is not there
+        secret.write_text(OTHER)
+        ring.keys()
+        assert sorted(ring.keys().by_id) == ["b", "later"]
+
+
 def test_a_secret_in_a_file_is_read_at_each_dial(tmp_path: Path) -> None:
     """White space at its end does not count; on the worker service a new one is taken over."""
     path = tmp_path / "secret"
@@ -267,9 +347,9 @@ class Pair:
             key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         )
 
-    def config(self, name: str, worker: Pair | None = None) -> dict[str, Any]:
-        config = {"type": "ed25519", "key": name, "private_key_file": self.private}
-        return config if worker is None else {**config, "worker_key_file": worker.public}
+    def config(self, name: str, worker: Pair) -> dict[str, Any]:
+        own = {"type": "ed25519", "key": name, "private_key_file": self.private}
+        return {**own, "worker_key_file": worker.public}
 
 
 @pytest.fixture
@@ -277,23 +357,51 @@ def pairs(tmp_path: Path) -> list[Pair]:
     return [Pair(tmp_path, name) for name in ("web", "batch", "worker")]
 
 
-def knows(worker: Pair | None, **hosts: Pair) -> dict[str, Any]:
-    config: dict[str, Any] = {"type": "ed25519", "hosts": {name: pair.public for name, pair in hosts.items()}}
-    return config if worker is None else {**config, "private_key_file": worker.private}
+def knows(worker: Pair, **hosts: Pair) -> dict[str, Any]:
+    known = {name: pair.public for name, pair in hosts.items()}
+    return {"type": "ed25519", "private_key_file": worker.private, "hosts": known}
 
 
 def test_pairs_of_keys(pairs: list[Pair]) -> None:
-    """Sealed if both know each other; a host that does not check the worker service is served as well."""
+    """Both sides have one, and everything is sealed: nobody can pass a signature on."""
     web, batch, worker = pairs
     with ServiceThread(security=knows(worker, web=web, batch=batch)) as service:
-        assert "seal" in adds(service.url, security=web.config("web", worker), seal="require")
+        assert "seal" in adds(service.url, security=web.config("web", worker))
         assert "seal" in adds(service.url, security=batch.config("batch", worker), worker_auth="require")
-        assert "seal" not in adds(service.url, security=web.config("web"))
-    with ServiceThread(security=knows(None, web=web)) as service:
-        assert "seal" not in adds(service.url, security=web.config("web", worker))
-        with WebSocketExecutor(service.url, security=web.config("web", worker), seal="require") as pool:
-            with pytest.raises(HandshakeRejected):
-                pool.submit(abs, -1).result(WAIT)
+        with Middle(service.port) as middle:
+            middle.on_request = lambda head: head.replace(b",seal", b"")
+            with WebSocketExecutor(
+                f"ws://127.0.0.1:{middle.port}/wove", security=web.config("web", worker)
+            ) as pool:
+                with pytest.raises(AuthenticationRejected):
+                    pool.submit(abs, -1).result(WAIT)
+        # A host that seals nothing, such as no host of this package is.
+        signed = HostProof(
+            KeyPair("web", private_key(web.private, ""), public_key(worker.public, "")),
+            "/wove",
+            {"X-Wove-Key": "web", "X-Wove-Nonce": "n" * 16, "X-Wove-Timestamp": str(int(time.time()))},
+        )
+        with pytest.raises(InvalidStatus, match="403"), RawHost(service, headers=signed.headers):
+            pass
+
+
+def test_a_handshake_with_a_pair_counts_once(pairs: list[Pair]) -> None:
+    web, _, worker = pairs
+    with ServiceThread(security=knows(worker, web=web)) as service, Middle(service.port) as middle:
+        assert "seal" in adds(f"ws://127.0.0.1:{middle.port}/wove", security=web.config("web", worker))
+        with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT) as again:
+            again.sendall(middle.tapes[0].request[0])
+            assert again.recv(1000).startswith(b"HTTP/1.1 401")
+
+
+def test_pairs_are_rotated_without_downtime(pairs: list[Pair]) -> None:
+    """A worker service may know two keys of a host."""
+    web, new, worker = pairs
+    config = knows(worker, web=web)
+    config["hosts"]["web"] = [new.public, web.public]
+    with ServiceThread(security=config) as service:
+        for pair in (web, new):
+            assert "seal" in adds(service.url, security=pair.config("web", worker))
 
 
 def test_pairs_of_others_are_refused(pairs: list[Pair], tmp_path: Path) -> None:
@@ -334,6 +442,7 @@ def test_pairs_on_the_command_line(pairs: list[Pair], tmp_path: Path) -> None:
         ({"private_key_file": "/nowhere/x.pem"}, "cannot be read: No such file"),
         ({"private_key_file": "PUBLIC"}, "holds no Ed25519 private key"),
         ({"worker_key_file": "PRIVATE"}, "holds no Ed25519 public key"),
+        ({"worker_key_file": None}, "security.worker_key_file must be text"),
         ({"privatekey_file": "x"}, "Did you mean 'private_key_file'"),
         ({"secret": "x" * 20}, "has no key 'secret' with type 'ed25519'"),
     ],
@@ -346,6 +455,28 @@ def test_a_wrong_pair_is_told_at_once(pairs: list[Pair], change: dict[str, Any],
         security.link_options(
             {"url": "ws://127.0.0.1:1/", "security": {**web.config("web", worker), **changed}}
         )
+
+
+def test_pairs_always_seal(pairs: list[Pair]) -> None:
+    config = {"url": "ws://127.0.0.1:1/", "security": pairs[0].config("web", pairs[2]), "seal": "off"}
+    with pytest.raises(ValueError, match="does not go with key pairs"):
+        security.link_options(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"privat_key_file": "x"}, "Did you mean 'private_key_file'"),
+        ({"private_key_file": None}, "private_key_file must be"),
+        ({"hosts": {}}, "hosts must be a dictionary"),
+        ({"clock_skew_seconds": float("nan")}, "clock_skew_seconds must be a number above 0"),
+    ],
+)
+def test_a_worker_with_wrong_pairs_does_not_start(
+    pairs: list[Pair], change: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        Keyring({**knows(pairs[2], web=pairs[0]), **change})
 
 
 @pytest.mark.parametrize(

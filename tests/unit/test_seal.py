@@ -63,18 +63,23 @@ def test_a_flipped_bit_is_noticed(place: int) -> None:
         worker.incoming.open(box)
 
 
-def test_only_the_next_message_opens() -> None:
-    """Not one again, not one before its turn, not one of the other direction or another connection."""
+@pytest.mark.parametrize("which", range(6))
+def test_only_the_next_message_opens(which: int) -> None:
+    """Not one again, not one before its turn, not one of the other direction or another connection.
+
+    After that nothing does: what is right might have been moved.
+    """
     host, worker = both()
-    first, second, third = (host.outgoing.seal(b"%d" % number) for number in range(3))
-    for early in (second, third, worker.outgoing.seal(b"0"), both(b"other")[0].outgoing.seal(b"0")):
-        with pytest.raises(BrokenSeal):
-            worker.incoming.open(early)
-    assert worker.incoming.open(first) == b"0"
-    for late in (first, third):
+    zero, first, second, third = (host.outgoing.seal(b"%d" % number) for number in range(4))
+    assert worker.incoming.open(zero) == b"0"
+    other = both(b"other")[0].outgoing
+    other.seal(b"0")
+    wrong = (zero, second, third, worker.outgoing.seal(b"1"), other.seal(b"1"), b"")[which]
+    with pytest.raises(BrokenSeal):
+        worker.incoming.open(wrong)
+    for late in (first, second):
         with pytest.raises(BrokenSeal):
             worker.incoming.open(late)
-    assert worker.incoming.open(second) == b"1"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from this machine, to a loopback     200, if its Host header names this machine:
 address of a service that listens    whose name was pointed at 127.0.0.1 (DNS rebinding)
 on no other                          has another one
 any other, with the secret           200
-any other, to a service without one  403
+any other, to a service without one  403 (key pairs are none)
 any other, to a service whose        403: a browser must not be asked to send in the clear
 secret is never sent ("signed"),     what hosts only sign with
 without TLS, from another machine
@@ -50,7 +50,9 @@ class ReaderRule:
         at_hand = is_loopback_address(peer)
         if self._local and at_hand and _names_this_machine(get_all) and not any(map(get_all, _FORWARDED)):
             return 200
-        if self._auth.mode == "none" or (self._auth.mode == "signed" and not self._tls and not at_hand):
+        if self._auth.mode in ("none", "ed25519") or (
+            self._auth.mode == "signed" and not self._tls and not at_hand
+        ):
             return 403
         return 200 if self._auth.knows_secret(get_all("Authorization")) else 401
 

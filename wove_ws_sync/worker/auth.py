@@ -25,7 +25,7 @@ from .keyring import Keyring
 __all__ = ["MIN_SECRET_BYTES", "Admission", "Authenticator", "check_listening", "is_foreign_page"]
 
 _STAMP = ("X-Wove-Key", "X-Wove-Timestamp", "X-Wove-Nonce")
-_SIGNED = {"signed": (*_STAMP, "X-Wove-Signature"), "ed25519": _STAMP}
+_SIGNATURE = "X-Wove-Signature"
 _NOBODY = SharedKey("", secrets.token_bytes(32))
 _TIMESTAMP_DIGITS = 15
 
@@ -87,23 +87,19 @@ class Authenticator:
             if not hmac.compare_digest(given, b"Bearer " + keys.token):
                 raise PermissionError("Invalid Wove network executor bearer token.")
             return Admission("")
-        signed = {name: _only(headers, name) for name in _SIGNED[keys.mode]}
+        signed = {name: _only(headers, name) for name in _STAMP}
         timestamp = signed["X-Wove-Timestamp"]
         if not (timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= _TIMESTAMP_DIGITS):
             raise PermissionError("The timestamp is not a number of seconds.")
         difference = time.time() - float(timestamp)
         if abs(difference) > keys.skew:
             raise PermissionError(f"The host's clock differs by {difference:.0f} s, or this is a replay.")
-        # A name that nobody has takes as long as a wrong signature.
-        candidates = keys.by_id.get(signed["X-Wove-Key"]) or [_NOBODY]
-        if keys.mode == "signed":
-            key: Key = _signer(candidates, signed, keys.skew, target)
-            proof = _proof(key, headers, target)
-        else:
-            key = candidates[0]
-            proof = _proof(key, headers, target)
-            if proof is None:
-                raise PermissionError("The host did not prove that it has its key.")
+        candidates = keys.by_id.get(signed["X-Wove-Key"], [])
+        if keys.mode == "signed" and (headers.get_all(_SIGNATURE) or not headers.get_all(HOST_PROOF)):
+            signed[_SIGNATURE] = _only(headers, _SIGNATURE)
+            key = _signer(candidates, signed, keys.skew, target)
+            candidates = [key]
+        key, proof = _prover(candidates, headers, target)
         if keys.remembers:
             self._use_nonce(signed["X-Wove-Nonce"], float(timestamp) + keys.skew)
         return Admission(key.id, proof)
@@ -150,8 +146,8 @@ def _only(headers: Fields, name: str) -> str:
 
 
 def _signer(keys: list[Key], signed: dict[str, str], skew: float, target: str) -> Key:
-    """Return the key that made the signature; raise PermissionError if none of *keys* did."""
-    for key in keys:
+    """Return the key that made Wove's signature; raise PermissionError if none of *keys* did."""
+    for key in keys or [_NOBODY]:  # a name that nobody has takes as long as a wrong signature
         assert isinstance(key, SharedKey)
         security = key.security(skew)
         with contextlib.suppress(PermissionError):
@@ -160,21 +156,26 @@ def _signer(keys: list[Key], signed: dict[str, str], skew: float, target: str) -
             except (TypeError, ValueError) as exc:  # some strings that headers can hold have no signature
                 raise PermissionError(f"The credentials are malformed ({type(exc).__name__}).") from None
             return key
-    raise PermissionError(f"Invalid Wove network executor {'key' if keys == [_NOBODY] else 'signature'}.")
+    raise PermissionError(f"Invalid Wove network executor {'signature' if keys else 'key'}.")
 
 
-def _proof(key: Key, headers: Fields, target: str) -> WorkerProof | None:
-    """Return the host's proof; None if it gave none. Raises PermissionError for a wrong one."""
+def _prover(keys: list[Key], headers: Fields, target: str) -> tuple[Key, WorkerProof | None]:
+    """Return the key of the host's proof, and the proof; None if it gave none and signed as Wove does.
+
+    Raises PermissionError for a wrong one.
+    """
     proofs = headers.get_all(HOST_PROOF)
-    if not proofs and not headers.get_all(HOST_NONCE):
-        return None
-    if len(proofs) != 1 or not key.checks:
-        raise PermissionError("The host's proof is missing, repeated, or not to be checked.")
-    websocket_key = _only(headers, "Sec-WebSocket-Key").strip()
-    try:
-        return WorkerProof(key, target, headers.raw_items(), websocket_key, proofs[0].strip())
-    except BadProof as exc:
-        raise PermissionError(f"The handshake was changed on its way, or by another key: {exc}.") from None
+    if not proofs and not headers.get_all(HOST_NONCE) and headers.get_all(_SIGNATURE):
+        return keys[0], None
+    if len(proofs) != 1:
+        raise PermissionError("The host's proof is missing or repeated.")
+    fault = "nobody has its key id"
+    for key in keys or [_NOBODY]:
+        try:
+            return key, WorkerProof(key, target, headers.raw_items(), proofs[0].strip(" \t"))
+        except BadProof as exc:
+            fault = str(exc) if keys else fault
+    raise PermissionError(f"The handshake was changed on its way, or is by another key: {fault}.")
 
 
 def is_foreign_page(origins: Sequence[str]) -> bool:

@@ -26,16 +26,13 @@ class Channel:
         self._limit = limit
         self._keys = keys
 
-    async def receive(self) -> bytes | str:
-        """Return the next message as it came, for :meth:`open`. Raises websockets' ConnectionClosed.
+    async def receive(self) -> bytes | bytearray:
+        """Return the next message. Raises InvalidMessage with a close code, websockets' ConnectionClosed.
 
         Cancelling it loses nothing.
         """
         # A text stays one only where none may come: one that is to be sealed and is not.
-        return await self._socket.recv(decode=False if self._keys is None else None)
-
-    def open(self, received: bytes | str) -> bytes | bytearray:
-        """Return what is in a message, each in its turn. Raises InvalidMessage with a close code."""
+        received = await self._socket.recv(decode=False if self._keys is None else None)
         if isinstance(received, str):
             raise InvalidMessage("a message that is not sealed", 1008)
         message = received if self._keys is None else _opened(self._keys.incoming, received)
@@ -43,6 +40,14 @@ class Channel:
         if len(message) > self._limit:
             raise InvalidMessage(f"message exceeds {self._limit} bytes", 1009)
         return message
+
+    async def confirm(self) -> None:
+        """Wait until the host has shown that it has the keys, if there are any: by an empty message.
+
+        What was recorded on another connection ends here. Raises as :meth:`receive`.
+        """
+        if self._keys is not None and await self.receive():
+            raise InvalidMessage("a sealed connection begins with an empty message", 1008)
 
     async def send(self, message: bytes) -> None:
         """Send *message*; pings and pongs get in between its pieces. Raises ConnectionClosed."""

@@ -126,11 +126,13 @@ class HostConnection:
 
     async def _read(self) -> Command | InvalidMessage | None:
         """Return the next command, None if none counts any more."""
-        return self._understand(await self._channel.receive())
-
-    def _understand(self, received: bytes | str) -> Command | InvalidMessage | None:
         try:
-            message = self._channel.open(received)
+            return self._understand(await self._channel.receive())
+        except InvalidMessage as exc:
+            return exc
+
+    def _understand(self, message: bytes | bytearray) -> Command | InvalidMessage | None:
+        try:
             return None if self._closing else read(message)
         except InvalidMessage as exc:
             return exc
@@ -192,6 +194,9 @@ class HostConnection:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
+            return
+        except InvalidMessage as exc:  # who sent that is not known: it does not wait for its turn
+            await self._refuse(exc)
             return
         except ConnectionClosed:
             self._is_over = True

@@ -17,6 +17,7 @@ from typing import Any
 
 import wove
 
+from .._checks import show, unknown
 from .._keys import Key, KeyPair, SharedKey, private_key, public_key, read_secret
 
 __all__ = ["Keyring", "Keys"]
@@ -24,6 +25,8 @@ __all__ = ["Keyring", "Keys"]
 _logger = logging.getLogger("wove_ws_sync.worker")
 
 _LABEL = "security"
+_SECRETS = ("secret", "secret_env", "secret_file")
+_OPTIONS = ("clock_skew_seconds", "remember_nonces")
 #: Files are looked at no more often than this, in seconds: a flood of handshakes must not cost more.
 _LOOK_EVERY = 1.0
 
@@ -45,15 +48,17 @@ class Keys:
             config = self._from_file(config[5:])
         if isinstance(config, Mapping) and config.get("type") == "ed25519":
             self.mode = "ed25519"
+            _check_names(config, {"type", "hosts", "private_key_file", *_OPTIONS})
             self._take_options(config)
             self._take_key_pairs(config)
         elif isinstance(config, Mapping) and ("keys" in config or "secret_file" in config):
             self.mode = "signed"
+            _check_names(config, {"type", "key", "keys", *_SECRETS, *_OPTIONS})
             self._take_options(config)
             self._take_secrets(config)
         else:
             self._take_wove(config)
-        if self.mode == "signed" and not (math.isfinite(self.skew) and self.skew > 0):
+        if not (math.isfinite(self.skew) and self.skew > 0):
             raise ValueError(f"{_LABEL}.clock_skew_seconds must be a number above 0, not {self.skew!r}.")
 
     def __repr__(self) -> str:
@@ -80,7 +85,12 @@ class Keys:
         return config
 
     def _take_wove(self, config: Any) -> None:
-        security = wove.NetworkExecutorSecurity.from_config(config)
+        try:
+            security = wove.NetworkExecutorSecurity.from_config(config)
+        except UnicodeEncodeError:  # it carries the secret that it could not encode
+            security = None
+        if security is None:
+            raise ValueError("The secret of the worker service is not valid Unicode; use plain text.")
         self.mode = str(security.mode)
         if self.mode == "bearer":
             self.token = str(security.token).encode("utf-8")
@@ -104,8 +114,10 @@ class Keys:
             raise ValueError(f"{_LABEL}.keys is empty: nobody could connect.")
         for position, entry in enumerate(entries):
             label = f"{_LABEL}.keys[{position}]" if "keys" in config else _LABEL
-            if "keys" in config and not entry.get("key"):
-                raise ValueError(f"{label} must have a key, its name.")
+            if "keys" in config:
+                _check_names(entry, {"key", *_SECRETS}, label)
+                if not entry.get("key"):
+                    raise ValueError(f"{label} must have a key, its name.")
             key_id = str(entry.get("key", "default"))
             if entry.get("secret") is None and entry.get("secret_env") is None and "secret_file" in entry:
                 self.files.append(str(entry["secret_file"]))
@@ -115,16 +127,24 @@ class Keys:
         hosts, own = config.get("hosts"), config.get("private_key_file")
         if not isinstance(hosts, Mapping) or not hosts:
             raise ValueError(
-                f"{_LABEL}.hosts must be a dictionary: each host's name, and the PEM file of its public key."
+                f"{_LABEL}.hosts must be a dictionary: each host's name, and the PEM file of its public key, "
+                "or a list of such files."
             )
-        private = None
-        if own is not None:
-            self.files.append(str(own))
-            private = private_key(str(own), f"{_LABEL}.private_key_file")
-        for key_id, path in hosts.items():
-            self.files.append(str(path))
-            public = public_key(str(path), f"{_LABEL}.hosts.{key_id}")
-            self.by_id[str(key_id)] = [KeyPair(str(key_id), private, public)]
+        if not own:
+            raise ValueError(f"{_LABEL}.private_key_file must be the PEM file of this service's private key.")
+        self.files.append(str(own))
+        private = private_key(str(own), f"{_LABEL}.private_key_file")
+        for key_id, paths in hosts.items():
+            for path in paths if isinstance(paths, list) else [paths]:
+                self.files.append(str(path))
+                public = public_key(str(path), f"{_LABEL}.hosts.{key_id}")
+                self.by_id.setdefault(str(key_id), []).append(KeyPair(str(key_id), private, public))
+
+
+def _check_names(config: Mapping[str, Any], known: set[str], label: str = _LABEL) -> None:
+    for name in config:
+        if name not in known:
+            raise ValueError(f"{label} has no key {show(name)}. {unknown(name, known)}")
 
 
 class Keyring:
@@ -132,8 +152,10 @@ class Keyring:
 
     def __init__(self, config: Any) -> None:
         self._config = config
+        # What was there before it was read: a change in between is another one.
+        self._seen = _look(Keys(config).files)
         self._keys = Keys(config)
-        self._seen = _look(self._keys.files)
+        self._fault = ""
         self._look_at = 0.0
         self._lock = threading.Lock()
 
@@ -146,31 +168,34 @@ class Keyring:
             with self._lock:
                 self._look_at = time.monotonic() + _LOOK_EVERY
                 seen = _look(self._keys.files)
-                if seen != self._seen:
+                if seen != self._seen or self._fault:
                     self._read_again()
-                    self._seen = _look(self._keys.files)
         return self._keys
 
     def _read_again(self) -> None:
+        """Take over what is there now; what cannot be used is tried again at each look, and told once."""
         try:
+            seen = _look(Keys(self._config).files)
             keys = Keys(self._config)
             if keys.mode != self._keys.mode:
                 raise ValueError(f"the type changed from {self._keys.mode!r}, which needs a restart.")
         except (OSError, RuntimeError, ValueError, TypeError) as exc:
-            _logger.error("The keys of hosts stay as they were: %s", exc)
+            if str(exc) != self._fault:
+                self._fault = str(exc)
+                _logger.error("The keys of hosts stay as they were: %s", exc)
         else:
-            self._keys = keys
+            self._keys, self._seen, self._fault = keys, seen, ""
             _logger.info("The keys of hosts were read again: %s.", ", ".join(sorted(keys.by_id)) or keys.mode)
 
 
-def _look(files: list[str]) -> list[tuple[int, int, int] | None]:
+def _look(files: list[str]) -> list[tuple[int, int, int, int] | None]:
     """Return what shows that a file is another one than before."""
-    seen: list[tuple[int, int, int] | None] = []
+    seen: list[tuple[int, int, int, int] | None] = []
     for path in files:
         try:
             status = os.stat(path)
         except OSError:
             seen.append(None)
         else:
-            seen.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            seen.append((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
     return seen

@@ -22,10 +22,12 @@ from types import TracebackType
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from .. import payloads
 from .._seal import SealKeys, sealed_size
+from ..frames import InvalidMessage
 from ..security import is_local_host
 from . import logs
 from .access import ReaderRule
@@ -53,6 +55,8 @@ _PING_INTERVAL = 20.0
 #: More than the minute for which a host may be suspended without losing its connection.
 _PING_TIMEOUT = 75.0
 _READ_BYTES = 64 * 1024
+#: How long a host may take to show that it has the keys of its connection, in seconds.
+_CONFIRM_TIMEOUT = 10.0
 
 
 @dataclasses.dataclass
@@ -316,7 +320,7 @@ class WorkerService:
             _logger.warning("Refused %s with 401: %s", peer, exc, extra=_about("refuse", peer))
             return connection.respond(401, "401 Unauthorized\n")
         greeting = _greeting(admission, request)
-        if self._require_seal and "seal" not in greeting.features:
+        if (self._require_seal or self._auth.mode == "ed25519") and "seal" not in greeting.features:
             self.counters["not_sealed"] += 1
             why = "its messages would not be sealed"
             _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
@@ -331,7 +335,7 @@ class WorkerService:
         admitted = self._admitted[connection]
         proof = admitted.admission.proof
         headers = admitted.greeting.answer(self._id, self._max_message_bytes, self._engine.cancels)
-        if headers and proof is not None and proof.answers:
+        if headers and proof is not None:
             headers, keys = proof.answer(headers)
             admitted.keys = keys if "seal" in admitted.greeting.features else None
         response.headers.update(headers)
@@ -342,24 +346,36 @@ class WorkerService:
         # asyncio makes a buffer of this size for each read, and 256 KiB cost a system call or two more.
         connection.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         admitted = self._admitted.pop(connection)
+        channel = Channel(connection, self._max_message_bytes, admitted.keys)
+        peer = _peer(connection)
+        if not await self._confirmed(connection, channel, peer):
+            return
         host = HostConnection(
-            connection,
-            Channel(connection, self._max_message_bytes, admitted.keys),
-            admitted.greeting,
-            self.counters,
-            max_in_flight=self._max_in_flight,
+            connection, channel, admitted.greeting, self.counters, max_in_flight=self._max_in_flight
         )
         self.counters["connections"] += 1
-        peer = _peer(connection)
         _logger.info("Host %s connected.", peer, extra=_about("connect", peer))
         await self._dispatcher.serve(host, admitted.admission.key_id)
         code = connection.close_code
         _logger.info("Host %s is gone (close code %s).", peer, code, extra=_about("lose", peer))
 
+    async def _confirmed(self, connection: ServerConnection, channel: Channel, peer: str) -> bool:
+        """Tell whether the host has its keys: until then it is no host, and takes nobody's place."""
+        try:
+            await asyncio.wait_for(channel.confirm(), _CONFIRM_TIMEOUT)
+        except ConnectionClosed:
+            return False
+        except (InvalidMessage, TimeoutError) as exc:
+            self.counters["unconfirmed"] += 1
+            why = str(exc) or "it sent nothing"
+            _logger.warning("Refused %s with 1008: %s.", peer, why, extra=_about("refuse", peer))
+            await connection.close(1008)
+            return False
+        return True
+
 
 def _greeting(admission: Admission, request: Request) -> Greeting:
-    seals = admission.proof is not None and admission.proof.answers
-    return Greeting.read(request.headers.get_all, seals=seals)
+    return Greeting.read(request.headers.get_all, seals=admission.proof is not None)
 
 
 def _about(action: str, peer: str) -> dict[str, str]:
