@@ -11,14 +11,24 @@ import contextlib
 import ipaddress
 import re
 import urllib.parse
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._checks import refusal, show
 
-__all__ = ["address", "bracketed", "check_header", "headers", "proxy", "server_name"]
+__all__ = [
+    "WebAddress",
+    "address",
+    "bracketed",
+    "check_header",
+    "headers",
+    "proxy",
+    "server_name",
+    "web_address",
+]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, lone surrogates
 _URL = re.compile(r"[Ww][Ss]([Ss]?)://([^/?#]+)([^?#]*)(?:\?([^#]*))?(#?).*", re.DOTALL)
+_WEB_URL = re.compile(r"[Hh][Tt][Tt][Pp]([Ss]?)://([^/?#]+)([^?#]*)(?:\?([^#]*))?(#?).*", re.DOTALL)
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::([0-9]*))?")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _PROXY = re.compile(
@@ -82,32 +92,66 @@ def _encoded(text: str, safe: str) -> str:
     return urllib.parse.quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text), safe=safe)
 
 
-def address(url: Any) -> dict[str, Any]:
-    """Return the fields of :class:`LinkOptions` that the URL decides."""
-    label = "executor_config.url"
-    if not isinstance(url, str) or not url:
-        raise TypeError("executor_config.url must be a non-empty ws:// or wss:// URL.")
+def _parts(
+    label: str, url: str, form: re.Pattern[str], wrong: str, login: str
+) -> tuple[bool, str, int | None, str]:
+    """Return whether the URL means TLS, its host, port and target. *wrong* and *login* end a refusal."""
     if "\\" in url or _CONTROL.search(url):
         raise ValueError(f"{label} must not contain a backslash or control characters; percent-encode them.")
-    match = _URL.fullmatch(url)
+    match = form.fullmatch(url)
     if match is None:
-        raise ValueError("executor_config.url must be a ws:// or wss:// URL.")
+        raise ValueError(f"{label} {wrong}")
     tls, authority, path, query, fragment = match.groups()
     if "@" in authority:
-        raise ValueError(f"{label} must not contain a user name or password; use executor_config.security.")
+        raise ValueError(f"{label} must not contain a user name or password; {login}")
     if fragment:
         raise ValueError(f"{label} must not contain a fragment; percent-encode '#' as %23.")
     host, port = _host_and_port(label, authority)
     target = _encoded(path, _PATH_SAFE) or "/"
     if query:
         target += "?" + _encoded(query, _PATH_SAFE + "?")
-    return {
-        "url": url,
-        "secure": bool(tls),
-        "host": host,
-        "port": port or (443 if tls else 80),
-        "target": target,
-    }
+    return bool(tls), host, port, target
+
+
+def address(url: Any) -> dict[str, Any]:
+    """Return the fields of :class:`LinkOptions` that the URL decides."""
+    label = "executor_config.url"
+    if not isinstance(url, str) or not url:
+        raise TypeError("executor_config.url must be a non-empty ws:// or wss:// URL.")
+    secure, host, port, target = _parts(
+        label, url, _URL, "must be a ws:// or wss:// URL.", "use executor_config.security."
+    )
+    port = port or (443 if secure else 80)
+    return {"url": url, "secure": secure, "host": host, "port": port, "target": target}
+
+
+class WebAddress(NamedTuple):
+    """Where a web server is; ``host`` has no brackets."""
+
+    secure: bool
+    host: str
+    port: int
+    target: str
+
+    @property
+    def place(self) -> str:
+        """Return the part of the URL that may be shown."""
+        port = "" if self.port == (443 if self.secure else 80) else f":{self.port}"
+        return f"{'https' if self.secure else 'http'}://{bracketed(self.host)}{port}"
+
+    @property
+    def url(self) -> str:
+        """Return the URL in its one form."""
+        return self.place + self.target
+
+
+def web_address(label: str, url: Any) -> WebAddress:
+    """Return what an ``https://`` or ``http://`` URL says; the URL is in no message."""
+    wrong = "must be an https:// or http:// URL."
+    if not isinstance(url, str):
+        raise TypeError(f"{label} {wrong}")
+    secure, host, port, target = _parts(label, url, _WEB_URL, wrong, "leave them out.")
+    return WebAddress(secure, host, port or (443 if secure else 80), target)
 
 
 def server_name(label: str, value: Any, remedy: str) -> str:

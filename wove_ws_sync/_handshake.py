@@ -7,9 +7,6 @@ redirect, reads a response body, keeps or sends a cookie of the library's proces
 from __future__ import annotations
 
 import base64
-import binascii
-import datetime
-import email.utils
 import hashlib
 import os
 import re
@@ -20,6 +17,7 @@ import websocket
 
 from . import security
 from ._address import check_header
+from ._retry_after import retry_after
 from ._route import Witness, nobody, place, warn
 from ._wire import NotHTTP, Wire
 from .errors import AuthenticationRejected, HandshakeRejected
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "upgrade"]
 
 _ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-_MAX_RETRY_AFTER = 60.0
 _INSTANCE = re.compile(r"[0-9a-f]{32}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9][0-9])(?: .*)?")
 _REMEDIES = {
@@ -212,7 +209,7 @@ class _Seam:
         if 300 <= status < 400:
             remedy = "Redirects are not followed; set executor_config.url to the final address."
         text = f"rejected the handshake with HTTP {status}."
-        return self.rejected(status, f"{text} {remedy}".strip(), _retry_after(self.response))
+        return self.rejected(status, f"{text} {remedy}".strip(), retry_after(self.response))
 
     def invalid(self, fault: str) -> HandshakeRejected:
         """Return the error for a 101 that is no valid upgrade."""
@@ -238,20 +235,3 @@ class _Seam:
 
     def close(self) -> None:
         """Leave the wire alone: it belongs to the dial."""
-
-
-def _retry_after(response: Mapping[str, str]) -> float | None:
-    """Return the seconds that the server asks to wait, at most a minute; None if it does not."""
-    text = response.get("retry-after", "")
-    if text.isascii() and text.isdigit():
-        return min(_MAX_RETRY_AFTER, float(text[:9]))
-    moment, now = _date(text), _date(response.get("date", "")) or datetime.datetime.now(datetime.UTC)
-    return None if moment is None else min(_MAX_RETRY_AFTER, max(0.0, (moment - now).total_seconds()))
-
-
-def _date(text: str) -> datetime.datetime | None:
-    try:
-        moment = email.utils.parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError, binascii.Error):
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
