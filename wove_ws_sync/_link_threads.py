@@ -18,7 +18,7 @@ from ._link_core import OVER, LinkState, running
 from ._link_ends import LinkEnds
 from ._tell import host_log, note
 from .connection import Connection
-from .errors import ExecutorClosed
+from .errors import AuthenticationRejected, ExecutorClosed
 from .runs import Effect
 from .timing import Deadline
 from .transport import Transport, TransportClosed
@@ -99,8 +99,7 @@ class LinkThreads(LinkEnds):
     def _read(self, connection: Connection) -> None:
         running.link = self
         try:
-            headers = {**security.handshake_headers(self.options), **self._introduction()}
-            transport = self._dial(self.options, headers, clock=self._clock)
+            transport = self._open()
             self._connected(connection, transport)
             while True:
                 self._take(connection, transport.recv())
@@ -110,6 +109,15 @@ class LinkThreads(LinkEnds):
             self._end(connection, exc)
         except BaseException as exc:
             self._end(connection, exc)
+            raise
+
+    def _open(self) -> Transport:
+        options, headers = security.ready_to_dial(self.options)
+        try:
+            return self._dial(options, {**headers, **self._introduction()}, clock=self._clock)
+        except AuthenticationRejected as exc:
+            if exc.status == 401:
+                security.token_refused(self.options, headers)
             raise
 
     def _introduction(self) -> dict[str, str]:

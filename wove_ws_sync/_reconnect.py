@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from .errors import HandshakeRejected
+from .errors import AuthenticationRejected, HandshakeRejected
 from .options import LinkOptions
 from .timing import Backoff
 
@@ -77,6 +77,8 @@ class Reconnect:
 
 def is_final(exc: BaseException) -> bool:
     """Tell whether dialling again would only get the same answer."""
+    if isinstance(exc, AuthenticationRejected):  # the token endpoint's, too, whatever its status
+        return True
     if isinstance(exc, HandshakeRejected):
         return exc.status is None or exc.status in (101, 401, 403, 404, 426) or 300 <= exc.status < 400
     return isinstance(exc, ssl.SSLCertVerificationError | ValueError | RuntimeError)

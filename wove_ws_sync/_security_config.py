@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 from typing import Any, NoReturn
 
+from . import _oauth2_config
 from ._checks import show, unknown
 
 __all__ = ["SecurityConfig"]
@@ -27,8 +28,9 @@ class SecurityConfig:
 
     *value* is None, ``"none"``, ``"env:VARIABLE"``, a dictionary as
     ``wove.NetworkExecutorSecurity.from_config`` takes it, or one of the forms that this package
-    adds: ``secret_file`` and ``keys`` in a signed one, and the type ``ed25519``. Equal content
-    makes equal objects. It refuses to be pickled. Raises Wove's TypeError or ValueError. Thread-safe.
+    adds: ``secret_file`` and ``keys`` in a signed one, and the types ``ed25519`` and ``oauth2``.
+    Equal content makes equal objects. It refuses to be pickled. Raises Wove's TypeError or ValueError.
+    Thread-safe.
     """
 
     __slots__ = ("_frozen", "mode")
@@ -92,6 +94,8 @@ def _freeze(value: Any) -> tuple[str, str | tuple[tuple[str, Any], ...] | None]:
     if not isinstance(value, dict):
         raise TypeError("executor_config.security must be a dictionary, 'env:VARIABLE', or 'none'.")
     mode = value.get("type", "signed")
+    if mode == "oauth2":
+        return "oauth2", tuple(sorted(_oauth2_config.checked(value).items()))
     if not isinstance(mode, str) or mode not in _TYPES:
         raise ValueError("executor_config.security.type must be one of: 'signed', 'bearer', 'none'.")
     if mode == "none":

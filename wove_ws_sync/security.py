@@ -8,6 +8,7 @@ handshake, so that a rotated secret is picked up.
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import marshal
 import math
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import wove
 
-from ._address import check_header
+from . import _oauth2
+from ._address import check_header, web_address
 from ._keys import Key, KeyPair, SharedKey, private_key, public_key, read_secret
 from .options import LinkOptions
 
@@ -33,6 +35,8 @@ __all__ = [
     "is_loopback_address",
     "link_options",
     "loopback_only",
+    "ready_to_dial",
+    "token_refused",
 ]
 
 # What weaves configure again and again; each starts with its executor_config.
@@ -86,7 +90,9 @@ def _checked_options(config: Mapping[str, Any]) -> LinkOptions:
             "executor_config.seal='off' does not go with key pairs: a signature alone could be passed on "
             "to another worker service. Leave the key out for the default, 'auto'."
         )
-    _headers(options, key)
+    if mode == "oauth2":
+        _check_oauth2(options)
+    _headers(options, key, "checked without a token")
     return options
 
 
@@ -95,9 +101,32 @@ def handshake_headers(options: LinkOptions) -> dict[str, str]:
 
     The signature covers ``options.target``. Call it once per dial: it holds a nonce and the
     time. Raises RuntimeError if the environment variable or the file of the secret is not there,
-    ValueError if what is in it cannot be used. Thread-safe.
+    ValueError if what is in it cannot be used. With "oauth2" it may fetch a token, within
+    ``open_timeout`` seconds, and raises what comes of that. Thread-safe.
     """
-    return _headers(options, host_key(options))
+    token = _tokens(options).token(options.open_timeout) if options.security.mode == "oauth2" else ""
+    return _headers(options, host_key(options), token)
+
+
+def ready_to_dial(options: LinkOptions) -> tuple[LinkOptions, dict[str, str]]:
+    """Return the options for a dial that begins now, and the headers of its handshake.
+
+    The time that it took to fetch a token is taken off ``open_timeout``.
+    """
+    began = time.monotonic()
+    headers = handshake_headers(options)
+    if options.security.mode != "oauth2":
+        return options, headers
+    left = options.open_timeout - (time.monotonic() - began)
+    if left <= 0:
+        raise TimeoutError("timed out during opening handshake")
+    return dataclasses.replace(options, open_timeout=left), headers
+
+
+def token_refused(options: LinkOptions, headers: Mapping[str, str]) -> None:
+    """Forget the token in *headers*, to which a worker service said 401: the next dial fetches another."""
+    if options.security.mode == "oauth2":
+        _tokens(options).drop(headers["Authorization"].removeprefix("Bearer "))
 
 
 def host_proof(options: LinkOptions, headers: Mapping[str, str]) -> HostProof | None:
@@ -193,14 +222,33 @@ def _is_local(options: LinkOptions) -> bool:
     return is_local_host(options.host) and (proxy is None or is_local_host(proxy[0]))
 
 
-def _headers(options: LinkOptions, key: Key | None) -> dict[str, str]:
+def _tokens(options: LinkOptions) -> _oauth2.TokenSource:
+    """Return where the tokens come from. A name that is taken for local must be that when it is connected."""
+    server = web_address("token_url", options.security.value["token_url"])
+    by_loopback = not server.secure and not options.insecure
+    return _oauth2.source_for(options.security, is_loopback_address if by_loopback else None)
+
+
+def _check_oauth2(options: LinkOptions) -> None:
+    """Check what needs no connection."""
+    server = web_address("token_url", options.security.value["token_url"])
+    if not (server.secure or options.insecure or is_local_host(server.host)):
+        raise ValueError(
+            "executor_config.security.token_url must be an https:// URL, as the client secret goes there. "
+            "Use https:// or set executor_config.insecure=True for development."
+        )
+    _oauth2.check_usable(options.security.value)
+
+
+def _headers(options: LinkOptions, key: Key | None, token: str) -> dict[str, str]:
     headers = dict(options.headers)
-    if options.security.mode == "bearer" and any(name.lower() == "authorization" for name in headers):
+    with_token = options.security.mode in ("bearer", "oauth2")
+    if with_token and any(name.lower() == "authorization" for name in headers):
         raise ValueError(
             "executor_config.headers must not set 'Authorization' beside a bearer token in "
             "executor_config.security; keep one of the two."
         )
-    headers |= _credentials(options, key)
+    headers |= _credentials(options, key, token)
     headers["X-Wove-Sync"] = "1"
     headers["X-Wove-Max-Message"] = str(options.max_message_bytes)
     for name, value in headers.items():
@@ -208,7 +256,7 @@ def _headers(options: LinkOptions, key: Key | None) -> dict[str, str]:
     return headers
 
 
-def _credentials(options: LinkOptions, key: Key | None) -> dict[str, str]:
+def _credentials(options: LinkOptions, key: Key | None, token: str = "") -> dict[str, str]:
     if isinstance(key, KeyPair) or (key is not None and "require" in (options.seal, options.worker_auth)):
         # The proof is the signature: Wove's own would let somebody in between go on as a host of Wove's.
         return {
@@ -218,6 +266,8 @@ def _credentials(options: LinkOptions, key: Key | None) -> dict[str, str]:
         }
     if isinstance(key, SharedKey):
         wove_security = key.security()
+    elif options.security.mode == "oauth2":
+        wove_security = wove.NetworkExecutorSecurity(mode="bearer", token=token)
     else:
         wove_security = wove.NetworkExecutorSecurity.from_config(options.security.value)
     headers: dict[str, str] = wove_security.headers_for(

@@ -21,14 +21,24 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (
         *(
             frozenset({name})
-            for name in ("errors", "timing", "_carry", "_condition", "_fork", "_version", "_waker")
+            for name in (
+                "errors",
+                "timing",
+                "_carry",
+                "_condition",
+                "_fork",
+                "_leash",
+                "_retry_after",
+                "_version",
+                "_waker",
+            )
         ),
-        frozenset({"options", "_address", "_checks", "_security_config"}),
+        frozenset({"options", "_address", "_checks", "_oauth2_config", "_security_config"}),
         frozenset({"current", "_progress"}),
     ),
     (
         *(frozenset({name}) for name in ("frames", "payloads")),
-        frozenset({"security", "_keys", "_proof", "_seal"}),
+        frozenset({"security", "_keys", "_oauth2", "_proof", "_seal", "_token_endpoint"}),
     ),
     (
         frozenset({"transport", "_framing", "_handshake", "_outbox", "_route", "_wire"}),
@@ -108,8 +118,10 @@ OUTSIDE = {
     "dask": {"worker.dask_engine"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},
+    "requests": {"_token_endpoint"},
     "rich": {"progress"},
     "tqdm": {"progress"},
+    "urllib3": {"_token_endpoint"},
     "watchfiles": {"cli._worker_reload"},
 }
 
@@ -248,7 +260,7 @@ def test_import_is_light() -> None:
     program = (
         "import logging, sys, threading, wove_ws_sync\n"
         "heavy = {'django', 'celery', 'gevent', 'requests', 'opentelemetry', 'websockets', 'cryptography'}\n"
-        "heavy |= {'prometheus_client', 'tqdm', 'rich'}\n"
+        "heavy |= {'prometheus_client', 'tqdm', 'rich', 'jwt', 'urllib3'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "assert threading.enumerate() == [threading.main_thread()], threading.enumerate()\n"
         "[handler] = logging.getLogger('wove_ws_sync').handlers\n"
