@@ -66,6 +66,8 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.sendqueue",
                 "worker.shelf",
                 "worker.statistics",
+                "worker.keys",
+                "worker.tokens",
                 "worker.voice",
             }
         ),
@@ -116,6 +118,7 @@ OUTSIDE = {
     "websockets": {"worker.", "cli."},
     "cryptography": {"_keys", "_proof", "_seal", "cli.", "testing"},
     "dask": {"worker.dask_engine"},
+    "jwt": {"worker.keys", "worker.tokens"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},
     "requests": {"_token_endpoint"},
