@@ -7,6 +7,7 @@ memory of used nonces, the rule where a service may listen. Never: sees a frame,
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import heapq
 import hmac
@@ -44,7 +45,10 @@ class Fields(Protocol):
 
 
 class Admission(NamedTuple):
-    """Who was let in: the key id, "" where secrets have no names, and the proof, if the host gave one."""
+    """Who was let in, and the proof, if the host gave one.
+
+    ``key_id`` is that of the secret, or the owner of the token; "" where secrets have no names.
+    """
 
     key_id: str
     proof: WorkerProof | None = None
@@ -65,7 +69,7 @@ class Authenticator:
 
     @property
     def mode(self) -> str:
-        """Return "none", "signed", "bearer" or "ed25519"."""
+        """Return "none", "signed", "bearer", "ed25519" or "jwt"."""
         return self._keyring.keys().mode
 
     @property
@@ -82,6 +86,8 @@ class Authenticator:
         keys = self._keyring.keys()
         if keys.mode == "none":
             return Admission("")
+        if keys.verifier is not None:
+            return Admission(keys.verifier.verify(headers.get_all))
         if keys.mode == "bearer":
             given = _only(headers, "Authorization").encode("utf-8", "surrogateescape")
             if not hmac.compare_digest(given, b"Bearer " + keys.token):
@@ -104,12 +110,19 @@ class Authenticator:
             self._use_nonce(signed["X-Wove-Nonce"], float(timestamp) + keys.skew)
         return Admission(key.id, proof)
 
+    def prepare(self, headers: Fields) -> concurrent.futures.Future[None] | None:
+        """Return what to wait for before ``verify()``, bounded in time; None if nothing. Never blocks."""
+        verifier = self._keyring.keys().verifier
+        return None if verifier is None else verifier.refresh(headers.get_all)
+
     def knows_secret(self, authorizations: Sequence[str]) -> bool:
         """Tell whether an Authorization header holds the secret itself, as of a browser or Prometheus.
 
         As ``Bearer``, or as the password of ``Basic`` with any name. For reading only: hosts
         with a signing secret never send it.
         """
+        if (verifier := self._keyring.keys().verifier) is not None:
+            return verifier.accepts(authorizations)
         if len(authorizations) != 1:
             return False
         scheme, _, given = authorizations[0].strip().partition(" ")

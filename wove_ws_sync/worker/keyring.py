@@ -19,6 +19,7 @@ import wove
 
 from .._checks import show, unknown
 from .._keys import Key, KeyPair, SharedKey, private_key, public_key, read_secret
+from .tokens import TokenVerifier
 
 __all__ = ["Keyring", "Keys"]
 
@@ -34,13 +35,15 @@ _LOOK_EVERY = 1.0
 class Keys:
     """What one version of the value says: frozen.
 
-    ``mode`` is "none", "signed", "bearer" or "ed25519"; ``by_id`` has the keys of each key id,
-    ``token`` is that of "bearer". Raises what Wove raises for a wrong value.
+    ``mode`` is "none", "signed", "bearer", "ed25519" or "jwt"; ``by_id`` has the keys of each key
+    id, ``token`` is that of "bearer", ``verifier`` judges those of "jwt". Raises what Wove raises
+    for a wrong value.
     """
 
     def __init__(self, config: Any) -> None:
         self.by_id: dict[str, list[Key]] = {}
         self.token = b""
+        self.verifier: TokenVerifier | None = None
         self.skew = 300.0
         self.remembers = True
         self.files: list[str] = []
@@ -51,6 +54,8 @@ class Keys:
             _check_names(config, {"type", "hosts", "private_key_file", *_OPTIONS})
             self._take_options(config)
             self._take_key_pairs(config)
+        elif isinstance(config, Mapping) and config.get("type") == "jwt":
+            self.mode, self.verifier = "jwt", TokenVerifier(config)
         elif isinstance(config, Mapping) and ("keys" in config or "secret_file" in config):
             self.mode = "signed"
             _check_names(config, {"type", "key", "keys", *_SECRETS, *_OPTIONS})

@@ -8,6 +8,7 @@ its event loop.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -54,6 +55,8 @@ _DEFAULT_DEDUPE_WINDOW = 300.0
 _PING_INTERVAL = 20.0
 #: More than the minute for which a host may be suspended without losing its connection.
 _PING_TIMEOUT = 75.0
+#: How long a handshake waits for the keys of tokens, in seconds.
+_KEYS_TIMEOUT = 6.0
 _READ_BYTES = 64 * 1024
 #: How long a host may take to show that it has the keys of its connection, in seconds.
 _CONFIRM_TIMEOUT = 10.0
@@ -296,7 +299,9 @@ class WorkerService:
         _logger.info("Stopped.")
         return clean
 
-    def _admit(self, connection: ServerConnection, request: Request) -> Response | Awaitable[Response] | None:
+    def _admit(
+        self, connection: ServerConnection, request: Request
+    ) -> Response | Awaitable[Response | None] | None:
         """Refuse who may not connect, before a byte of any frame is looked at; answer plain HTTP."""
         if self._pages is not None and self._pages.serves(request):
             return self._pages.answer(connection, request)
@@ -313,6 +318,20 @@ class WorkerService:
             why = "a web page must not run code here"
             _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
             return connection.respond(403, "403 Forbidden\n")
+        if (keys := self._auth.prepare(request.headers)) is not None:
+            return self._authenticate_after(keys, connection, request)
+        return self._authenticate(connection, request)
+
+    async def _authenticate_after(
+        self, keys: concurrent.futures.Future[None], connection: ServerConnection, request: Request
+    ) -> Response | None:
+        """Wait for the keys of the tokens, within limits: those at hand may do."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(keys), _KEYS_TIMEOUT)
+        return self._authenticate(connection, request)
+
+    def _authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
+        peer = _peer(connection)
         try:
             admission = self._auth.verify(request.headers, request.path)
         except PermissionError as exc:

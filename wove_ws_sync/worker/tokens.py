@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import _checks
-from .keys import ASYMMETRIC, Keys
+from .jwks import ASYMMETRIC, KeySource
 
 __all__ = ["TokenVerifier"]
 
@@ -58,7 +58,7 @@ class TokenVerifier:
         required = config.get("required_scope")
         self._required = frozenset(_text("required_scope", required).split() if required is not None else ())
         ca_file = config.get("ca_file")
-        self._keys = Keys(
+        self._keys = KeySource(
             _text("jwks", config.get("jwks")), None if ca_file is None else _text("ca_file", ca_file)
         )
 
@@ -86,11 +86,6 @@ class TokenVerifier:
                 if key is candidates[-1]:
                     raise PermissionError("The token was refused: its signature is wrong.") from None
         raise PermissionError("The token was refused: it names no key that is known for its algorithm.")
-
-    def subject(self, get_all: GetAll) -> str:
-        """Return who the token of a handshake is of that was accepted."""
-        token, _ = self._parse(get_all)
-        return _subject(self._jwt.decode(token, options={"verify_signature": False}))
 
     def accepts(self, authorizations: Sequence[str]) -> bool:
         """Tell whether these values of an Authorization header would be accepted, with the keys at hand."""

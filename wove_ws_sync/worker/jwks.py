@@ -25,7 +25,7 @@ from .._leash import Leash
 from .._version import __version__
 from ..security import is_local_host, is_loopback_address
 
-__all__ = ["ASYMMETRIC", "KeySet", "Keys"]
+__all__ = ["ASYMMETRIC", "KeySet", "KeySource"]
 
 _logger = logging.getLogger("wove_ws_sync.worker")
 _numbers = itertools.count(1)
@@ -114,7 +114,7 @@ def _read_key(entry: Any) -> _Key | None:
     return _Key(kid, algorithms, material)
 
 
-class Keys:
+class KeySource:
     """The keys at *source*, a path or a URL. Thread-safe.
 
     Raises ValueError for a URL that is not https (but http on this machine), and for a file that
