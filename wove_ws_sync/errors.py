@@ -89,7 +89,10 @@ class HandshakeRejected(_Details, ConnectionError):
 
 
 class AuthenticationRejected(HandshakeRejected, PermissionError):
-    """Tell that the worker service answered 401 or 403."""
+    """Tell that the worker service answered 401 or 403, or that a token endpoint gave no token.
+
+    ``status`` is that of the one who answered.
+    """
 
 
 class DeliveryTimeout(_Details, wove.DeliveryTimeoutError, TimeoutError):

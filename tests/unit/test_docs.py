@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import pkgutil
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 
 import wove_ws_sync
 import wove_ws_sync.cli
-from wove_ws_sync import errors, frames
+from wove_ws_sync import _oauth2_config, errors, frames
 from wove_ws_sync.options import DeliveryOptions, LinkOptions
+from wove_ws_sync.worker import tokens
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -193,3 +195,44 @@ def test_every_test_that_the_security_model_names_exists() -> None:
     for line in tables.splitlines():
         if line.startswith("| ") and not line.startswith(("| attack |", "| against |")):
             assert "`test_" in line.rpartition(" | ")[2] or "`test_" in line.split("|")[-2], line
+
+
+def _blocks(page: str, language: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def _table_below(page: str, heading: str) -> set[str]:
+    """Return the first cells in code style of the first table below *heading*."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert table is not None
+    return set(re.findall(r"^\| `(\w+)` \|", table[0], re.MULTILINE)) - {"security"}
+
+
+def test_every_key_of_the_tokens_is_documented() -> None:
+    """howto/use-tokens lists what a host and a worker service take, and nothing else."""
+    page = "howto/use-tokens.md"
+    assert _table_below(page, "## On the host: OAuth 2.0") == set(_oauth2_config._CHECKS)
+    assert _table_below(page, "## On the worker: JSON Web Tokens") == tokens._KEYS - {"type"}
+
+
+def test_the_tokens_on_the_page_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The configurations of howto/use-tokens are valid, and the token that it makes is accepted."""
+    page = "howto/use-tokens.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BILLING_CLIENT_SECRET", "not-guessed")
+    host, trial = _blocks(page, "python")
+    [worker] = _blocks(page, "toml")
+    namespace: dict[str, Any] = {}
+    exec(host, namespace)  # checks its configuration, and connects nowhere
+    namespace["executor"].shutdown()
+    settings = tomllib.loads(worker)
+    tokens.TokenVerifier(settings)
+    exec(trial, {})
+    local = {**settings, "jwks": "jwks.json", "issuer": "me"}
+    del local["required_scope"]
+    authorization = f"Bearer {capsys.readouterr().out.strip()}"
+    assert tokens.TokenVerifier(local).verify(lambda name: [authorization]) == "billing"
