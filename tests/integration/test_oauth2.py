@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import select
 import socket
 import ssl
@@ -327,6 +328,21 @@ def test_a_local_name_must_mean_this_machine() -> None:
             TokenSource(config, lambda address: False).token(WAIT)
         assert endpoint.ended.wait(WAIT)
     assert seen in ([], [b""])
+
+
+def test_nothing_of_it_is_logged(service: ServiceThread, caplog: pytest.LogCaptureFixture) -> None:
+    """At no level, by no library: not the secret, however it is written, nor the token."""
+
+    def serve(connection: socket.socket) -> None:
+        request_of(connection)
+        connection.sendall(answer(GRANT))
+
+    with caplog.at_level(logging.DEBUG), Endpoint(serve) as endpoint:
+        with WebSocketExecutor(service.url, security={**OAUTH2, "token_url": endpoint.url}) as pool:
+            assert pool.submit(twice, 8).result(WAIT) == 16
+    assert "urllib3" in caplog.text and "connected to" in caplog.text
+    for text in (CANARY, "YmlsbGluZzpj", TOKEN):
+        assert text not in caplog.text
 
 
 # TLS

@@ -181,11 +181,8 @@ class KeySource:
             found = self._download() if self._address is not None else self._changed_file()
         except Exception as exc:
             why = str(exc) if type(exc) is ValueError else getattr(exc, "strerror", None)
-            _logger.warning(
-                "The keys of the tokens cannot be read again: %s.",
-                why or type(exc).__name__,
-                extra={"action": "keys"},
-            )
+            said = why or type(exc).__name__
+            _logger.warning("The keys of the tokens cannot be read again: %s.", said)
         self._settle(future, found)
 
     def _settle(self, future: concurrent.futures.Future[None], found: KeySet | None) -> None:
