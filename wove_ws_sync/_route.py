@@ -21,15 +21,18 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import security
+from . import _pins, security
 from ._wire import NotHTTP, Wire
 from .options import LinkOptions
 from .timing import Clock, Deadline
 
-__all__ = ["Witness", "connect", "nobody", "place", "tls_context", "warn"]
+__all__ = ["NOT_PINNED", "Witness", "connect", "nobody", "place", "tls_context", "warn"]
 
 _log = logging.getLogger("wove_ws_sync.host")
 _numbers = itertools.count(1)
+_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+#: The verify_code of a certificate whose key is not a pinned one: OpenSSL's for what an application refuses.
+NOT_PINNED = 50
 
 _Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
 
@@ -86,11 +89,32 @@ def connect(
             witness("proxy", None)
         _set_options(wire, options)
         if context is not None:
-            witness("tls", wire.start_tls(context, (options.server_hostname or options.host).rstrip(".")))
+            tls = wire.start_tls(context, (options.server_hostname or options.host).rstrip("."))
+            _check_pin(tls, options)
+            witness("tls", tls)
     except BaseException:
         wire.close()
         raise
     return wire
+
+
+def _check_pin(tls: ssl.SSLObject, options: LinkOptions) -> None:
+    """Refuse a worker service whose key is not a pinned one, whoever vouches for its certificate."""
+    if options.pinned_keys is None:
+        return
+    certificate = tls.getpeercert(binary_form=True)
+    try:
+        pin = _pins.pin_of(certificate or b"")
+    except ValueError:
+        pin = "unknown"
+    if pin not in options.pinned_keys:
+        error = ssl.SSLCertVerificationError(1, "the key is not pinned")
+        error.verify_code = NOT_PINNED
+        error.verify_message = (
+            f"its key is {pin}, which is not in executor_config.pinned_keys; "
+            "add it once you know by another way that it is the worker's"
+        )
+        raise error
 
 
 def _set_options(wire: Wire, options: LinkOptions) -> None:
@@ -196,7 +220,7 @@ def tls_context(options: LinkOptions) -> ssl.SSLContext | None:
         warn("SSLKEYLOGFILE is set: the TLS keys of this connection are written to a file")
     ca_file = options.ca_file
     context: ssl.SSLContext = _load("ca_file", ca_file, ssl.create_default_context, cafile=ca_file)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.minimum_version = _VERSIONS[options.tls_min_version]
     # Without renegotiation a write never has to wait for a read.
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
@@ -210,7 +234,8 @@ def tls_context(options: LinkOptions) -> ssl.SSLContext | None:
             password=str,  # an encrypted key is an error, never a prompt on the terminal
         )
     if options.insecure:
-        warn("executor_config.insecure=True: the certificate of %s is not verified", place(options))
+        but = ", only its key is (pinned_keys)" if options.pinned_keys else ""
+        warn("executor_config.insecure=True: the certificate of %s is not verified%s", place(options), but)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context

@@ -16,7 +16,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from . import _address, _checks
+from . import _address, _checks, _pins
 from ._security_config import SecurityConfig
 
 __all__ = ["DeliveryOptions", "LinkOptions"]
@@ -47,6 +47,8 @@ class LinkOptions:
     client_cert_file: str | None = None
     client_key_file: str | None = None
     server_hostname: str | None = None
+    tls_min_version: str = "1.2"
+    pinned_keys: tuple[str, ...] | None = None
     proxy: str | None = None
     ping_interval: float = 10.0
     pong_timeout: float = 5.0
@@ -98,8 +100,8 @@ class LinkOptions:
             raise ValueError(
                 "executor_config.client_key_file needs executor_config.client_cert_file, its certificate."
             )
-        for key in ("ca_file", "client_cert_file", "client_key_file", "server_hostname"):
-            if getattr(self, key) is not None and not self.secure:
+        for key in _TLS_KEYS:
+            if getattr(self, key) != _DEFAULTS[key] and not self.secure:
                 raise ValueError(f"executor_config.{key} needs TLS; use a wss:// URL or leave the key out.")
         if self.reconnect_max_delay < self.reconnect_initial_delay:
             raise ValueError(
@@ -137,6 +139,8 @@ _CHECKS: dict[str, _checks.Check] = {
     "client_cert_file": _checks.or_none(_checks.path),
     "client_key_file": _checks.or_none(_checks.path),
     "server_hostname": _checks.or_none(_address.server_name),
+    "tls_min_version": _checks.one_of("1.2", "1.3"),
+    "pinned_keys": _checks.or_none(_pins.check_pins),
     "proxy": _checks.or_none(_address.proxy),
     "ping_interval": _checks.seconds(),
     "pong_timeout": _checks.seconds(),
@@ -155,6 +159,15 @@ _CHECKS: dict[str, _checks.Check] = {
     "context_vars": _checks.context_vars,
 }
 _KEYS = frozenset(_CHECKS) | {"url", "security", "headers"}
+_TLS_KEYS = (
+    "ca_file",
+    "client_cert_file",
+    "client_key_file",
+    "server_hostname",
+    "tls_min_version",
+    "pinned_keys",
+)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LinkOptions)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -268,56 +268,12 @@ class _Output:
 
 def _make_certificates(folder: Path) -> None:
     """Write ca.pem, server.pem and server.key for localhost, valid for a week."""
-    from datetime import UTC, datetime, timedelta
-    from ipaddress import ip_address
+    from ._certificates import Authority
 
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    def certificate(name: str, key: Any, issuer: str, issuer_key: Any, *extensions: Any) -> bytes:
-        now = datetime.now(UTC)
-        builder = x509.CertificateBuilder(
-            issuer_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, issuer)]),
-            subject_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]),
-            public_key=key.public_key(),
-            serial_number=x509.random_serial_number(),
-            not_valid_before=now - timedelta(days=1),
-            not_valid_after=now + timedelta(days=7),
-        )
-        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-        authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
-        for extension, critical in (*extensions, (identifier, False), (authority, False)):
-            builder = builder.add_extension(extension, critical)
-        return builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    def usage(**chosen: bool) -> x509.KeyUsage:
-        names = "digital_signature content_commitment key_encipherment data_encipherment key_agreement"
-        names += " key_cert_sign crl_sign encipher_only decipher_only"
-        return x509.KeyUsage(**{name: chosen.get(name, False) for name in names.split()})
-
-    ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    authority = "wove_ws_sync loopback test CA"
-    ca_constraints = (x509.BasicConstraints(ca=True, path_length=0), True)
-    ca_usage = (usage(key_cert_sign=True, crl_sign=True), True)
-    addresses: list[x509.GeneralName] = [x509.DNSName("localhost")]
-    addresses += [x509.IPAddress(ip_address(text)) for text in ("127.0.0.1", "::1")]
-    server = (
-        (x509.BasicConstraints(ca=False, path_length=None), True),
-        (usage(digital_signature=True), True),
-        (x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), False),
-        (x509.SubjectAlternativeName(addresses), False),
-    )
-    (folder / "ca.pem").write_bytes(
-        certificate(authority, ca_key, authority, ca_key, ca_constraints, ca_usage)
-    )
-    (folder / "server.pem").write_bytes(certificate("localhost", server_key, authority, ca_key, *server))
+    authority = Authority.make()
+    server = authority.server(["localhost", "127.0.0.1", "::1"], days=7.0)
+    (folder / "ca.pem").write_bytes(authority.pair.certificate)
+    (folder / "server.pem").write_bytes(server.certificate)
     key_file = folder / "server.key"
     key_file.touch(mode=0o600)
-    key_file.write_bytes(
-        server_key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
+    key_file.write_bytes(server.key)

@@ -409,6 +409,26 @@ def test_a_self_signed_certificate(tmp_path: Path, check: Check) -> None:
         assert check(worker.url, "--ca-file", str(certificate), *LONG, secret=secret_of(worker)).code == 0
 
 
+def test_a_pinned_key(authority: Authority, check: Check) -> None:
+    """The step shows the pin; with it all is well, unverified or not; another one is exit code 12."""
+    with authority.worker() as worker:
+        secret = secret_of(worker)
+        found = check(worker.url, "--ca-file", authority.file, *LONG, secret=secret)
+        pin = found.steps["tls"]["facts"]["pin"]
+        assert f"key {pin}" in found.steps["tls"]["detail"]
+        for trust in (("--ca-file", authority.file), ("--insecure",)):
+            arguments = [*trust, "--tls-min-version", "1.3", "--pinned-key"]
+            done = check(worker.url, *arguments, pin, *LONG, secret=secret)
+            assert (done.code, done.of("warn")) == (0, [])
+            assert f"key {pin}, which is pinned" in done.steps["tls"]["detail"]
+            done = check(worker.url, *arguments, f"sha256//{'A' * 43}=", *LONG, secret=secret)
+            assert done.code == 12
+            assert f"its key is {pin}" in done.failure["detail"]
+            assert "--pinned-key" in done.failure["remedy"]
+            assert done.failure["facts"]["pin"] == pin
+        assert check(worker.url, "--ca-file", authority.file, "--pinned-key", "x", secret=secret).code == 2
+
+
 def test_a_client_certificate_is_demanded(authority: Authority, tmp_path: Path, check: Check) -> None:
     """Without one, or with one of another authority, exit code 12; with the right one all is well."""
     (tmp_path / "other").mkdir()
@@ -761,5 +781,6 @@ def test_the_core_is_enough(authority: Authority) -> None:
             [sys.executable, "-c", without, *arguments], env=env, capture_output=True, text=True, check=False
         )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "warn  tls         TLSv1.3; the certificate is not verified" in done.stdout
+    assert "warn  tls         TLSv1.3, key sha256//" in done.stdout
+    assert "; the certificate is not verified" in done.stdout
     assert "ok    run" in done.stdout

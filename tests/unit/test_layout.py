@@ -33,7 +33,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "_waker",
             )
         ),
-        frozenset({"options", "_address", "_checks", "_oauth2_config", "_security_config"}),
+        frozenset({"options", "_address", "_checks", "_oauth2_config", "_pins", "_security_config"}),
         frozenset({"current", "_progress"}),
     ),
     (
@@ -67,6 +67,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.sendqueue",
                 "worker.shelf",
                 "worker.statistics",
+                "worker.tls",
                 "worker.tokens",
                 "worker.voice",
             }
@@ -89,7 +90,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
             }
         ),
     ),
-    (frozenset({"session"}), frozenset({"_observe"})),
+    (frozenset({"session"}), frozenset({"_observe"}), frozenset({"_certificates"})),
     (
         frozenset({"sync", "futures", "_executor_core", "_run_future", "aio", "plugin", ""}),
         frozenset({"progress"}),
@@ -116,7 +117,7 @@ OUTSIDE = {
     "cloudpickle": {"payloads"},
     "websocket": {"transport", "_framing", "_handshake", "_outbox", "cli."},
     "websockets": {"worker.", "cli."},
-    "cryptography": {"_keys", "_proof", "_seal", "cli.", "testing"},
+    "cryptography": {"_keys", "_proof", "_seal", "_certificates", "worker.tls", "cli."},
     "dask": {"worker.dask_engine"},
     "jwt": {"worker.jwks", "worker.tokens"},
     "pebble": {"worker.process_engine"},

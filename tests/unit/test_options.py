@@ -221,6 +221,8 @@ def test_defaults_are_the_documented_ones() -> None:
         "client_cert_file": None,
         "client_key_file": None,
         "server_hostname": None,
+        "tls_min_version": "1.2",
+        "pinned_keys": None,
         "proxy": None,
         "ping_interval": 10.0,
         "pong_timeout": 5.0,

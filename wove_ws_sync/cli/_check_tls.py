@@ -13,7 +13,8 @@ import ssl
 import time
 from typing import Any, NamedTuple
 
-from .._route import connect, tls_context
+from .._pins import pin_of
+from .._route import NOT_PINNED, connect, tls_context
 from ..options import LinkOptions
 from ..timing import Clock, Deadline
 from ._check_report import Step
@@ -49,7 +50,8 @@ _REASONS = (
     (
         ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "NO_PROTOCOLS", "NO_SHARED_CIPHER"),
         "there is no version of TLS that both sides accept",
-        "Let the worker's side speak TLS 1.2 or newer.",
+        "Let both sides speak the same: the worker's --tls-min-version and the one here say what is too old, "
+        "and without them TLS 1.2 is the oldest.",
     ),
     (
         ("UNRECOGNIZED_NAME", "HANDSHAKE_FAILURE"),
@@ -75,17 +77,20 @@ class _Certificate(NamedTuple):
 
 def passed(tls: ssl.SSLObject, options: LinkOptions, seconds: float) -> Step:
     """Return the step for a TLS handshake that succeeded."""
-    shown = _verified(tls.getpeercert()) or _unverified(tls.getpeercert(binary_form=True))
+    der = tls.getpeercert(binary_form=True)
+    shown = _verified(tls.getpeercert()) or _unverified(der)
     cipher = tls.cipher()
-    facts = {"version": tls.version(), "cipher": cipher[0] if cipher else None, **_facts(shown)}
+    facts = {"version": tls.version(), "cipher": cipher[0] if cipher else None, **_facts(shown, der)}
     step = Step(
         name="tls",
         status="ok",
         seconds=seconds,
-        detail=", ".join(filter(None, [str(tls.version()), _described(shown)])),
+        detail=", ".join(filter(None, [str(tls.version()), _described(shown), _key(der)])),
         facts=facts,
     )
-    if options.insecure:
+    if options.pinned_keys:
+        step = dataclasses.replace(step, detail=f"{step.detail}, which is pinned")
+    elif options.insecure:
         remedy = "Anybody could be on the other side: leave --insecure out and give --ca-file where needed."
         detail = f"{step.detail}; the certificate is not verified (--insecure)"
         return dataclasses.replace(step, status="warn", detail=detail, remedy=remedy)
@@ -97,16 +102,17 @@ def passed(tls: ssl.SSLObject, options: LinkOptions, seconds: float) -> Step:
 
 def failed(exc: OSError, options: LinkOptions, seconds: float) -> Step:
     """Return the step for a TLS handshake that failed with *exc*, as the dial raised it."""
-    shown = None
+    der = shown = None
     if isinstance(exc, ssl.SSLCertVerificationError):
-        shown = _fetched(options)
+        der = _fetched(options)
+        shown = _unverified(der)
         cause, remedy = _refused(exc, options, shown)
     elif isinstance(exc, ssl.SSLError):
         cause, remedy = _broken(exc)
     else:
         cause = f"no TLS handshake within {options.open_timeout:g} s; is it a plain text port?"
         remedy = "Use a port with TLS, or ws:// on loopback; or it is stuck: --timeout waits longer."
-    facts = {"error": str(exc.strerror or exc), **_facts(shown)}
+    facts = {"error": str(exc.strerror or exc), **_facts(shown, der)}
     return Step(name="tls", status="fail", seconds=seconds, detail=cause, remedy=remedy, facts=facts)
 
 
@@ -126,6 +132,12 @@ def _refused(
     if code == _NOT_YET:
         cause = f"the certificate of the worker service is not valid yet{about}"
         return cause, "Set the clock of this machine, or wait until it is valid."
+    if code == NOT_PINNED:
+        remedy = (
+            "Look up the pin on the worker's machine (wove-ws-sync certs DIR --show). If it is this one, "
+        )
+        remedy += "give it with --pinned-key (executor_config.pinned_keys); if not, somebody is in between."
+        return f"the certificate was refused: {exc.verify_message.partition(';')[0]}{about}", remedy
     if code in _WRONG_NAME:
         has = f"it is for {', '.join(shown.names) or 'no name'}" if shown else "it names others"
         remedy = "Use a name of the certificate in the URL, or give it with --server-hostname."
@@ -163,18 +175,23 @@ def _broken(exc: ssl.SSLError) -> tuple[str, str]:
 # -- certificates ------------------------------------------------------------------------
 
 
-def _fetched(options: LinkOptions) -> _Certificate | None:
+def _fetched(options: LinkOptions) -> bytes | None:
     """Return the certificate that was refused, from a second connection on which nothing is sent."""
     clock = Clock()
     unchecked = dataclasses.replace(
-        options, insecure=True, ca_file=None, client_cert_file=None, client_key_file=None
+        options, insecure=True, ca_file=None, client_cert_file=None, client_key_file=None, pinned_keys=None
     )
     seen: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         timeout = min(options.open_timeout, _FETCH_TIMEOUT)
         deadline = Deadline.after(timeout, clock.monotonic())
         connect(unchecked, tls_context(unchecked), deadline, clock, seen.__setitem__).close()
-    return _unverified(seen["tls"].getpeercert(binary_form=True)) if "tls" in seen else None
+    der: bytes | None = seen["tls"].getpeercert(binary_form=True) if "tls" in seen else None
+    return der
+
+
+def _key(der: bytes | None) -> str:
+    return "" if der is None else f"key {pin_of(der)}"
 
 
 def _verified(fields: Any) -> _Certificate | None:
@@ -222,10 +239,11 @@ def _described(shown: _Certificate | None) -> str:
     return f"certificate for {whom}, issued by {shown.issuer}, {when}"
 
 
-def _facts(shown: _Certificate | None) -> dict[str, Any]:
+def _facts(shown: _Certificate | None, der: bytes | None) -> dict[str, Any]:
+    facts = {} if der is None else {"pin": pin_of(der)}
     if shown is None:
-        return {}
-    return {
+        return facts
+    return facts | {
         "names": shown.names,
         "issuer": shown.issuer,
         "not_before": _iso(shown.begins),

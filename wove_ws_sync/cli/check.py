@@ -58,6 +58,14 @@ def register(subparsers: Any) -> None:
     add("--client-key-file", metavar="FILE", help="private key of the client certificate (PEM)")
     add("--server-hostname", metavar="NAME", help="name that the certificate must have")
     add(
+        "--tls-min-version",
+        choices=("1.2", "1.3"),
+        metavar="VERSION",
+        help="of TLS, 1.2 or 1.3 (default: 1.2)",
+    )
+    add("--pinned-key", action="append", dest="pinned_keys", metavar="PIN",
+        help="key that the certificate must have, sha256//...; repeatable: one of them")  # fmt: skip
+    add(
         "--proxy",
         metavar="URL",
         help="HTTP proxy, http://[user:password@]host:port",
@@ -161,7 +169,8 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
         if not colon or name.strip() in headers:
             raise ValueError(f"--header number {number} is no 'Name: value', or names one twice.")
         headers[name.strip()] = value.strip()
-    names = ("security", "ca_file", "client_cert_file", "client_key_file", "server_hostname", "proxy")
+    names = ["security", "ca_file", "client_cert_file", "client_key_file", "server_hostname"]
+    names += ["proxy", "tls_min_version", "pinned_keys"]
     config = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     way, _, variable = (arguments.security or "").partition(":")
     if way == "bearer-env":

@@ -15,11 +15,14 @@ import os
 import ssl
 import sys
 import threading
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._worker_config import ConfigError, Settled, remember_defaults, settle
 from ._worker_logs import FORMATS, log_to_stderr
 from ._worker_orders import Orders
+
+if TYPE_CHECKING:
+    from ..worker.tls import RenewingContext
 
 __all__ = ["register"]
 
@@ -75,6 +78,7 @@ def register(subparsers: Any) -> None:
     add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
     add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
     add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
+    add("--tls-min-version", choices=("1.2", "1.3"), default="1.2", help="of TLS (default: %(default)s)")
     add("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",
         help="how long runs may take to end after SIGTERM (default: %(default)s)")  # fmt: skip
     add("--insecure", action=_Switch, default=False, help="allow other machines without TLS and security")
@@ -182,6 +186,8 @@ def _run_service(settled: Settled) -> int:
     if kind == "env" and not os.environ.get(secret):
         state = "is empty" if secret in os.environ else "is not set"
         return _fail(settled.blame(f"the secret of --security is missing: {secret!r} {state}."), _NO_SECRET)
+    if options.tls_min_version != "1.2" and options.tls_cert is None:
+        return _fail(settled.blame("--tls-min-version needs --tls-cert and --tls-key."), _USAGE)
     from ..worker.keyring import Keyring
 
     try:
@@ -191,7 +197,7 @@ def _run_service(settled: Settled) -> int:
     except (ValueError, TypeError) as exc:
         return _fail(settled.blame(f"--security: {exc}"), _USAGE)
     try:
-        context = _ssl_context(options)
+        context = _tls(options)
     except (OSError, ssl.SSLError) as exc:
         files = [options.tls_cert, options.tls_key, options.tls_client_ca]
         named = ", ".join(str(file) for file in files if file is not None)
@@ -218,7 +224,7 @@ def _leave_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _serve(settled: Settled, context: ssl.SSLContext | None) -> tuple[int, bool]:
+async def _serve(settled: Settled, context: RenewingContext | None) -> tuple[int, bool]:
     """Serve until a signal; return the exit code and whether nothing is left running."""
     from ..worker.engines import EngineError
     from ..worker.service import WorkerService
@@ -252,10 +258,13 @@ async def _serve(settled: Settled, context: ssl.SSLContext | None) -> tuple[int,
         return _fail(f"cannot listen on {where}: {_reason(exc)}. {remedy}", _NO_PORT), True
     except RuntimeError as exc:
         return _fail(str(exc), _NO_ENGINE if isinstance(exc, EngineError) else 1), True
+    reminder = asyncio.create_task(context.remind_daily()) if context is not None else None
     print(service.url, flush=True)
     if options.until_stdin_closes:
         orders.watch_stdin()
     await orders.anything.wait()
+    if reminder is not None:
+        reminder.cancel()
     if orders.stop.is_set():
         return 0, await service.stop(_EXIT_TIMEOUT)
     drain = asyncio.create_task(service.drain(options.drain_timeout))
@@ -279,17 +288,14 @@ def _reason(exc: OSError) -> str:
     return f"{text} ({exc.filename})" if exc.filename else text
 
 
-def _ssl_context(options: argparse.Namespace) -> ssl.SSLContext | None:
+def _tls(options: argparse.Namespace) -> RenewingContext | None:
+    from ..worker.tls import RenewingContext
+
     if options.tls_cert is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A key with a passphrase must fail and not ask the terminal of a service.
-    context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
-    if options.tls_client_ca is not None:
-        context.load_verify_locations(options.tls_client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
+    return RenewingContext(
+        options.tls_cert, options.tls_key, options.tls_client_ca, min_version=options.tls_min_version
+    )
 
 
 def _threads_ended() -> bool:

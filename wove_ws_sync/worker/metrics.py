@@ -43,6 +43,8 @@ class Metered(Protocol):
     def kept_bytes(self) -> int: ...
     @property
     def uptime(self) -> float: ...
+    @property
+    def certificate_ends(self) -> float | None: ...
     def traffic(self) -> tuple[int, int]:
         """Return how many bytes of messages were received and sent so far."""
 
@@ -91,6 +93,9 @@ class _Collector:
         yield Gauge("wove_ws_draining", help_text, float(service.refusal == "draining"))
         yield Gauge("wove_ws_ready", "Whether new runs are taken.", float(not service.refusal))
         yield Gauge("wove_ws_uptime_seconds", "How long the service is there.", service.uptime)
+        if service.certificate_ends is not None:
+            help_text = "When the TLS certificate ends, in seconds since the epoch."
+            yield Gauge("wove_ws_certificate_expiry_timestamp_seconds", help_text, service.certificate_ends)
 
     def _counters(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily

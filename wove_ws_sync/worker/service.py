@@ -234,8 +234,9 @@ class WorkerService:
 
     def _make_pages(self, *, local: bool) -> Pages:
         assert self._dispatcher is not None
-        view = StatusView(asyncio.get_running_loop(), self._dispatcher, self._engine, self.counters)
-        return Pages(view, ReaderRule(self._auth, local=local, tls=self._ssl_context is not None))
+        loop, context = asyncio.get_running_loop(), self._ssl_context
+        view = StatusView(loop, self._dispatcher, self._engine, self.counters, context)
+        return Pages(view, ReaderRule(self._auth, local=local, tls=context is not None))
 
     def _warn(self) -> None:
         if self._auth.mode == "none":

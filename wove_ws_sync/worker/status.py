@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import platform
+import ssl
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -41,8 +42,14 @@ class StatusView:
     """Look at one service: its *dispatcher*, its *engine*, its *counters*. Use it on their loop."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, dispatcher: Dispatcher, engine: Engine, counters: Counter[str]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        dispatcher: Dispatcher,
+        engine: Engine,
+        counters: Counter[str],
+        context: ssl.SSLContext | None = None,
     ) -> None:
+        self._context = context
         self._loop = loop
         self._dispatcher = dispatcher
         self.engine = engine
@@ -72,6 +79,11 @@ class StatusView:
     def uptime(self) -> float:
         """Return for how long the service is there, in seconds."""
         return self._loop.time() - self.statistics.since
+
+    @property
+    def certificate_ends(self) -> float | None:
+        """Return when the certificate ends, in seconds since the epoch; None without TLS, or if unknown."""
+        return getattr(self._context, "ends_at", None)
 
     def traffic(self) -> tuple[int, int]:
         """Return how many bytes of messages were received and sent so far."""
