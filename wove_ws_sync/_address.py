@@ -55,7 +55,9 @@ def _host(label: str, text: str) -> str:
     """
     if text.startswith("[") and "%" not in text:  # a zone index is for one machine's network card
         with contextlib.suppress(ValueError):
-            return str(ipaddress.IPv6Address(text[1:-1]))
+            address = ipaddress.IPv6Address(text[1:-1])
+            # Python 3.13 writes it like this, earlier ones without dots.
+            return f"::ffff:{address.ipv4_mapped}" if address.ipv4_mapped else str(address)
     labels = [part.lower() if part.isascii() else _idna(label, part) for part in text.split(".")]
     host = ".".join(labels)
     if labels[-1] == "" and len(labels) > 1:
