@@ -267,13 +267,16 @@ def test_a_pin_adds_to_the_authority(worker: LoopbackWorker, made: Path, foreign
     assert run({**config, "insecure": True}) == worker.pid
 
 
-def test_a_pin_makes_a_self_signed_certificate_trustworthy(tmp_path: Path, folder: Path) -> None:
+def test_a_pin_makes_a_self_signed_certificate_trustworthy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """insecure=True with a pin accepts that key, whatever the name, and no other."""
     own = Authority.make()
     write_pair(tmp_path, "server", own.pair)
     with service(tmp_path, client_ca=False) as running:
         config = {**running.config, "insecure": True, "pinned_keys": pin(tmp_path)}
         assert run(config) == running.pid
+        assert "is not verified, only its key is (pinned_keys)" in caplog.text
         assert "its key is" in str(refused({**config, "pinned_keys": WRONG_PIN}))
 
 

@@ -127,7 +127,7 @@ def _refused(
         cause = f"a certificate of the worker service expired{since}{about}"
         return (
             cause,
-            "Renew it and restart the worker service; or set the clock of this machine, if that is wrong.",
+            "Renew it where the worker reads it (--tls-cert); or set this machine's clock, if that is wrong.",
         )
     if code == _NOT_YET:
         cause = f"the certificate of the worker service is not valid yet{about}"

@@ -121,6 +121,6 @@ def _end_of(file: str) -> float | None:
 
     try:
         first = x509.load_pem_x509_certificates(Path(file).read_bytes())[0]
-    except (OSError, ValueError):
+    except Exception:  # it is OpenSSL that has to read it; a handshake must not fail for a date
         return None
     return first.not_valid_after_utc.timestamp()
