@@ -104,6 +104,7 @@ class LinkCore:
         self._generation = 0
         # The instance that the newest connection reached; runs can only be resumed there.
         self._worker = ""
+        self._sealed = False  # whether a connection of this link was
         # Those who wait for room in the send buffer, in order.
         self._crowd: deque[tuple[int, object]] = deque()
         # Those who wait for a connection.

@@ -7,6 +7,7 @@ done-callbacks and logging handlers, and leaves it to ``_link_ends`` what an end
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import threading
@@ -113,6 +114,8 @@ class LinkThreads(LinkEnds):
 
     def _open(self) -> Transport:
         options, headers = security.ready_to_dial(self.options)
+        if self._sealed:  # that the worker service does not know of it any more is what an attacker says
+            options = dataclasses.replace(options, seal="require")
         try:
             return self._dial(options, {**headers, **self._introduction()}, clock=self._clock)
         except AuthenticationRejected as exc:
@@ -136,6 +139,7 @@ class LinkThreads(LinkEnds):
                 raise TransportClosed("closed by this side")
             now = connection.up_since = self._clock.monotonic()
             self._counts["connects"] += 1
+            self._sealed = self._sealed or "seal" in (transport.features or ())
             self._table.heartbeat_factor = 1.0 if transport.features is not None else 2.0
             stoppable = transport.cancels
             self._table.stops_running = stoppable is None or not stoppable.isdisjoint(_RUNNING)

@@ -142,7 +142,8 @@ def host_proof(options: LinkOptions, headers: Mapping[str, str]) -> HostProof | 
         return None
     from ._proof import HostProof
 
-    offered = {**headers, **_credentials(options, key)}
+    unsigned = {name: value for name, value in headers.items() if name != "X-Wove-Signature"}
+    offered = {**unsigned, **_credentials(options, key)}
     if options.seal != "off":
         known = offered.get("X-Wove-Sync", "1")
         offered["X-Wove-Sync"] = f"{known},seal" if "f=" in known else f"{known}; f=seal"

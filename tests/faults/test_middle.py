@@ -201,13 +201,23 @@ def test_f42_a_changed_request_is_refused(middle: Middle, change: Callable[[byte
 
 @pytest.mark.parametrize("change", STRIPPED_REQUESTS.values(), ids=STRIPPED_REQUESTS)
 def test_f42_a_stripped_request_is_refused(middle: Middle, change: Callable[[bytes], bytes]) -> None:
-    """The host notices that the worker service took it for one of another make."""
+    """The worker service does not take it for a host of another make: there is no signature of Wove's."""
     middle.on_request = change
-    with (
-        executor(middle) as pool,
-        pytest.raises(HandshakeRejected, match="did not prove that it has the key"),
-    ):
+    with executor(middle) as pool, pytest.raises(HandshakeRejected) as caught:
         pool.submit(abs, -1).result(WAIT)
+    assert caught.value.status == 401
+
+
+def test_f42_a_stripped_request_is_noticed_by_default(middle: Middle, tmp_path: Path) -> None:
+    """Once a link has been sealed, it is never again without."""
+    with executor(middle, seal="auto", worker_auth="auto", delivery_orphan_policy="requeue") as pool:
+        assert pool.submit(ledger.record, str(tmp_path), "a", 1).result(WAIT) == 1
+        middle.on_request = STRIPPED_REQUESTS["it looks like Wove's own"]
+        middle.up = Once("flip", wait_for=0)
+        with pytest.raises(ConnectionLost) as caught:
+            pool.submit(ledger.record, str(tmp_path), "b", 2).result(WAIT)
+        assert isinstance(caught.value.__cause__, HandshakeRejected)
+    assert ledger.executions(tmp_path) == {"a": 1}
 
 
 @pytest.mark.parametrize("change", ANSWERS.values(), ids=ANSWERS)

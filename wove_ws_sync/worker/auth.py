@@ -101,11 +101,14 @@ class Authenticator:
         if abs(difference) > keys.skew:
             raise PermissionError(f"The host's clock differs by {difference:.0f} s, or this is a replay.")
         candidates = keys.by_id.get(signed["X-Wove-Key"], [])
-        if keys.mode == "signed" and (headers.get_all(_SIGNATURE) or not headers.get_all(HOST_PROOF)):
+        proofs = headers.get_all(HOST_PROOF) or headers.get_all(HOST_NONCE)
+        if keys.mode == "signed" and (headers.get_all(_SIGNATURE) or not proofs):
             signed[_SIGNATURE] = _only(headers, _SIGNATURE)
-            key = _signer(candidates, signed, keys.skew, target)
-            candidates = [key]
-        key, proof = _prover(candidates, headers, target)
+            candidates = [_signer(candidates, signed, keys.skew, target)]
+        if keys.mode == "signed" and not proofs:
+            key, proof = candidates[0], None
+        else:
+            key, proof = _prover(candidates, headers, target)
         if keys.remembers:
             self._use_nonce(signed["X-Wove-Nonce"], float(timestamp) + keys.skew)
         return Admission(key.id, proof)
@@ -172,14 +175,9 @@ def _signer(keys: list[Key], signed: dict[str, str], skew: float, target: str) -
     raise PermissionError(f"Invalid Wove network executor {'signature' if keys else 'key'}.")
 
 
-def _prover(keys: list[Key], headers: Fields, target: str) -> tuple[Key, WorkerProof | None]:
-    """Return the key of the host's proof, and the proof; None if it gave none and signed as Wove does.
-
-    Raises PermissionError for a wrong one.
-    """
+def _prover(keys: list[Key], headers: Fields, target: str) -> tuple[Key, WorkerProof]:
+    """Return the key of the host's proof, and the proof. Raises PermissionError for none or a wrong one."""
     proofs = headers.get_all(HOST_PROOF)
-    if not proofs and not headers.get_all(HOST_NONCE) and headers.get_all(_SIGNATURE):
-        return keys[0], None
     if len(proofs) != 1:
         raise PermissionError("The host's proof is missing or repeated.")
     fault = "nobody has its key id"

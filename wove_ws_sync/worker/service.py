@@ -389,7 +389,7 @@ class WorkerService:
             self.counters["unconfirmed"] += 1
             why = str(exc) or "it sent nothing"
             _logger.warning("Refused %s with 1008: %s.", peer, why, extra=_about("refuse", peer))
-            await connection.close(1008)
+            await connection.close(1008, why[:120])
             return False
         return True
 
