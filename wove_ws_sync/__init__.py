@@ -6,6 +6,7 @@ import.
 
 import logging
 
+from ._named import named
 from ._progress import Progress
 from ._version import __version__
 from .aio import AsyncWebSocketEnvironmentExecutor
@@ -43,6 +44,7 @@ __all__ = [
     "config",
     "current_run",
     "install",
+    "named",
     "uninstall",
 ]
 

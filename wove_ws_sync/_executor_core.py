@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
-from . import _fork, payloads
+from . import _fork
 from ._carry import Carrier
 from ._observe import OnEvent
 from ._run_future import RunFuture
@@ -79,7 +79,7 @@ class ExecutorCore:
                 "type": "run_task",
                 "run_id": future.run_id,
                 "task_id": future.run_id.rpartition(":")[0],
-                **payloads.encode_frame({"callable": self.carrier.wrap(fn), "args": kwargs}),
+                **session.encode({"callable": self.carrier.wrap(fn), "args": kwargs}),
                 "delivery": delivery.as_frame(kwargs),
             }
             session.submit(command, delivery, future._on_event, wait=send, flush=send)

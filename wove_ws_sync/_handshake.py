@@ -32,6 +32,11 @@ __all__ = ["Answer", "upgrade"]
 _ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _INSTANCE = re.compile(r"[0-9a-f]{32}")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9][0-9])(?: .*)?")
+_NO_JSON = (
+    "cannot do without pickles: it did not agree to the extension json, which "
+    "executor_config.result_format='json' needs. Use a worker service that has it "
+    "(wove-ws-sync worker of a newer version), or leave result_format out."
+)
 _REMEDIES = {
     401: "Check executor_config.security: secret, key and clock must match the worker's.",
     403: "Check executor_config.security and what this host may do there.",
@@ -98,6 +103,8 @@ def upgrade(
     cancels = seam.response.get("x-wove-cancels")
     stoppable = None if cancels is None else frozenset(name.strip() for name in cancels.split(","))
     keys = _judge_proof(proof, seam, options, sealed=features is not None and "seal" in features)
+    if options.result_format == "json" and "json" not in (features or ()):
+        raise seam.rejected(101, _NO_JSON)
     return Answer(features, int(limit) if readable else None, worker, stoppable, keys)
 
 

@@ -126,7 +126,7 @@ class LinkThreads(LinkEnds):
     def _introduction(self) -> dict[str, str]:
         """Return the headers that offer the extensions."""
         return {
-            "X-Wove-Sync": f"1; f={','.join(frames.FEATURES)}",
+            "X-Wove-Sync": f"1; f={frames.offered(self.options.result_format)}",
             "X-Wove-Host": self._name,
             "X-Wove-Resume-Window": str(self.options.resume_window),
         }

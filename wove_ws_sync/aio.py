@@ -27,10 +27,10 @@ from .sync import NOT_STARTED, check_frame, frame_delivery, run_defaults
 
 __all__ = ["AsyncWebSocketEnvironmentExecutor"]
 
-# Up to this many bytes of pickles are sent from the loop's own thread without blocking it;
+# Up to this many bytes of values are sent from the loop's own thread without blocking it;
 # more goes through a thread that may wait for the network.
 _INLINE_BYTES = 256 * 1024
-# What a frame has beside its pickles, at the most.
+# What a frame has beside its values, at the most.
 _FRAME_BYTES = 4096
 # So many small messages share a system call, while the worker begins with the ones before.
 _TOGETHER = 32
@@ -216,7 +216,7 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
             group.session.abandon()
             return
         delivery = frame_delivery(frame, group.defaults)
-        command = payloads.encode_frame(group.carrier.wrap_frame(frame))
+        command = group.session.encode(group.carrier.wrap_frame(frame))
         size = sum(len(value) for value in command.values() if isinstance(value, bytes))
         if size <= _INLINE_BYTES and group.session.link.has_room(size + _FRAME_BYTES):
             run = group.submit(command, delivery)

@@ -132,7 +132,7 @@ class DeliveryCancelled(_Details, concurrent.futures.CancelledError):
 
 
 class PayloadError(EnvironmentExecutionError):
-    """Tell that a result or an exception arrived and could not be unpickled here.
+    """Tell that a result or an exception arrived and could not be unpickled here, or was not to be.
 
     ``payload`` has Wove's keys: kind, message, traceback, retryable, source.
     """

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
+from ._exact import JSONText
 from ._progress import read as read_progress
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidMessage",
     "decode",
     "encode",
+    "offered",
     "with_attempt",
 ]
 
@@ -39,14 +41,17 @@ EVENTS = TERMINAL_EVENTS | {"task_started", "heartbeat", "log"}
 #: The extensions of this version, and the frames that only they bring: commands to the worker
 #: service, events (of the extension with the same name), and notices to the host, which are
 #: about no run.
-FEATURES = ("resume", "ack", "drain", "progress")
+FEATURES = ("resume", "ack", "drain", "progress", "json")
 EXTENDED_COMMANDS = frozenset({"resume", "event_ack", "detach_task", "attach_task"})
 EXTENDED_EVENTS = frozenset({"progress"})
 NOTICES = frozenset({"resume_state", "draining"})
 
 
 class CommandFrame(TypedDict, total=False):
-    """Host to worker. ``callable`` and ``args`` travel as ``callable_pickle`` and ``args_pickle``."""
+    """Host to worker. ``callable`` and ``args`` travel as ``callable_pickle`` and ``args_pickle``.
+
+    With ``result_format="json"`` they travel by name and as JSON, with ``positional`` beside ``args``.
+    """
 
     type: str
     run_id: str
@@ -92,12 +97,17 @@ class Decoded(NamedTuple):
     ignored: tuple[str, ...]
 
 
+def offered(result_format: str) -> str:
+    """Return the extensions that a host with that ``result_format`` offers, as X-Wove-Sync lists them."""
+    return ",".join(feature for feature in FEATURES if feature != "json" or result_format == "json")
+
+
 def encode(frame: Mapping[str, Any]) -> bytes:
     """Return *frame* as compact UTF-8 JSON.
 
     Values of type bytes under a key that ends in ``_pickle`` are spliced in as they are,
     between quotes: they are base64 text, which needs no escape, and may be large (no copy
-    through the JSON encoder).
+    through the JSON encoder). So is JSONText, without quotes.
 
     Raises TypeError or ValueError for what JSON cannot express.
     """
@@ -106,6 +116,8 @@ def encode(frame: Mapping[str, Any]) -> bytes:
     for key, value in frame.items():
         if isinstance(value, bytes) and key.endswith("_pickle"):
             spliced += [b',"', key.encode("ascii"), b'":"', value, b'"']
+        elif isinstance(value, JSONText):
+            spliced += [b',"', key.encode("ascii"), b'":', value]
         else:
             plain[key] = value
     head = _to_json(plain).encode("utf-8")

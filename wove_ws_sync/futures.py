@@ -142,6 +142,8 @@ class WebSocketExecutor(concurrent.futures.Executor):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
+        if chunksize > 1 and self._core.options.result_format == "json":
+            raise ValueError("chunksize must be 1 with result_format='json': a chunk has no name.")
         ends_at = None if timeout is None else time.monotonic() + timeout
         items = zip(*iterables)  # noqa: B905  # stops at the shortest, as the standard library does
         batched = all(isinstance(iterable, Sized) for iterable in iterables)

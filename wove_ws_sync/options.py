@@ -103,6 +103,11 @@ class LinkOptions:
         for key in _TLS_KEYS:
             if getattr(self, key) != _DEFAULTS[key] and not self.secure:
                 raise ValueError(f"executor_config.{key} needs TLS; use a wss:// URL or leave the key out.")
+        if self.result_format == "json" and self.context_vars:
+            raise ValueError(
+                "executor_config.context_vars needs result_format='pickle', as the values are pickled; "
+                "with result_format='json' leave it out and pass them as arguments."
+            )
         if self.reconnect_max_delay < self.reconnect_initial_delay:
             raise ValueError(
                 f"executor_config.reconnect_max_delay must be at least reconnect_initial_delay, which is "
@@ -155,7 +160,7 @@ _CHECKS: dict[str, _checks.Check] = {
     "cancel_ack_timeout": _checks.seconds(zero=True),
     "seal": _checks.one_of("auto", "require", "off"),
     "worker_auth": _checks.one_of("auto", "require", "off"),
-    "result_format": _checks.one_of("pickle"),
+    "result_format": _checks.one_of("pickle", "json"),
     "context_vars": _checks.context_vars,
 }
 _KEYS = frozenset(_CHECKS) | {"url", "security", "headers"}

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import _fork, frames, payloads
+from . import _fork, _named, frames, payloads
 from .errors import ForkedError, PayloadError
 from .link import Link, LinkState, too_large
 from .options import DeliveryOptions, LinkOptions
@@ -45,6 +45,8 @@ class Session:
     def __init__(self, link: Link, environment: str) -> None:
         self.link = link
         self.environment = environment
+        # What turns frames into messages and back: with pickles, or with names and plain JSON.
+        self._format: Any = _named if link.options.result_format == "json" else payloads
 
     @property
     def foreign(self) -> bool:
@@ -68,7 +70,7 @@ class Session:
         flush: bool = True,
         block: bool = True,
     ) -> Run:
-        """Send one ``run_task`` frame whose Python values are pickled already.
+        """Send one ``run_task`` frame that :meth:`encode` has returned.
 
         Its events go to *sink*, called in the thread that brings them: reader, watchdog or a
         caller. *wait*, *flush* and *block* are those of ``Link.submit``.
@@ -106,9 +108,17 @@ class Session:
         self.link.count("dropped_backlog")
         return True
 
+    def encode(self, frame: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a ``run_task`` frame with its values as they travel, by ``result_format``.
+
+        Raises whatever pickling raises, TypeError or ValueError for what JSON does not carry.
+        """
+        encoded: dict[str, Any] = self._format.encode_frame(frame)
+        return encoded
+
     def decode(self, event: dict[str, Any]) -> dict[str, Any]:
         """Return *event* with its values unpickled in the calling thread; count what cannot be."""
-        decoded = payloads.decode_event(event)
+        decoded: dict[str, Any] = self._format.decode_event(event)
         if isinstance(decoded.get("exception"), PayloadError):
             self.link.count("decode_failures")
         return decoded

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from . import _fork, payloads, security
+from . import _fork, security
 from ._carry import Carrier
 from .errors import ExecutorClosed
 from .frames import COMMANDS
@@ -96,7 +96,7 @@ class SyncWebSocketEnvironmentExecutor:
             session, events = self._started(), self._events
         kind = check_frame(frame)
         if kind == "run_task":
-            encoded = payloads.encode_frame(self._carrier.wrap_frame(frame))
+            encoded = session.encode(self._carrier.wrap_frame(frame))
             delivery = frame_delivery(frame, self._defaults)
             session.submit(encoded, delivery, self._sink(session, events))
         elif kind == "cancel_task":

@@ -606,7 +606,7 @@ class TestFailures:
     def test_a_malformed_run_task_is_answered_if_it_names_its_run(self, host: RawHost) -> None:
         """The error names the field; a live run of that id is not hurt by it."""
         host.send(type="run_task", run_id="odd", task_id="t", callable_pickle=None)
-        error = host.error("odd")
+        error = host.wait("odd")[-1]["error"]
         assert (error["kind"], error["source"]) == ("MalformedFrame", "payload")
         assert "callable_pickle" in error["message"]
 

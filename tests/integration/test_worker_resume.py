@@ -10,7 +10,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
-from raw_host import RawHost, explained, occupy, plain_error, unpickled, wait_until
+from raw_host import RawHost, occupy, plain_error, unpickled, wait_until
 from websockets.exceptions import ConnectionClosed
 
 from wove_ws_sync.testing import LoopbackWorker
@@ -521,7 +521,7 @@ class TestDetach:
     def test_a_malformed_attach_is_an_error_of_its_run(self, other: RawHost) -> None:
         """As a malformed run_task is."""
         event = self.attach(other, delivery_heartbeat_seconds=-1)
-        assert event["type"] == "task_error" and explained(event)["kind"] == "MalformedFrame"
+        assert event["type"] == "task_error" and event["error"]["kind"] == "MalformedFrame"
 
 
 class TestOthers:

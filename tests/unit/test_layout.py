@@ -26,6 +26,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "timing",
                 "_carry",
                 "_condition",
+                "_exact",
                 "_fork",
                 "_leash",
                 "_retry_after",
@@ -42,6 +43,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     ),
     (
         frozenset({"transport", "_framing", "_handshake", "_outbox", "_route", "_wire"}),
+        frozenset({"_named"}),
         frozenset({"runs", "_alarms", "_book", "_line", "_losses", "_run", "_reconnect"}),
         frozenset(
             {
@@ -63,6 +65,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.outbox",
                 "worker.pacing",
                 "worker.parked",
+                "worker.registry",
                 "worker.runs",
                 "worker.sendqueue",
                 "worker.shelf",
@@ -148,6 +151,7 @@ PUBLIC = {
     "config",
     "current_run",
     "install",
+    "named",
     "uninstall",
 }
 

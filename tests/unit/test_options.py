@@ -270,6 +270,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ("seal", "off", "off"),
         ("worker_auth", "off", "off"),
         ("result_format", "pickle", "pickle"),
+        ("result_format", "json", "json"),
     ],
 )
 def test_good_values_are_kept_in_one_form(key: str, value: Any, kept: Any) -> None:
@@ -364,7 +365,8 @@ def test_zero_seconds_are_refused_where_they_mean_nothing(key: str) -> None:
         ("seal", "on", ValueError),
         ("seal", None, ValueError),
         ("worker_auth", True, ValueError),
-        ("result_format", "json", ValueError),
+        ("result_format", "JSON", ValueError),
+        ("result_format", None, ValueError),
     ],
 )
 def test_bad_values_are_refused_by_key(key: str, value: Any, kind: type[Exception]) -> None:

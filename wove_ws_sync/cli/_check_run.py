@@ -18,6 +18,7 @@ from typing import Any
 
 import websocket
 import wove
+from wove.environment import EnvironmentExecutionError
 
 from .. import frames
 from .._framing import FrameReader, Violation
@@ -39,6 +40,7 @@ _PINGS = 5
 _GRACE = 5.0
 _OURS = ("x-wove-sync", "x-wove-max-message", "x-wove-worker", "x-wove-cancels")
 _CANCELS = frozenset({"queued", "coroutines", "calls"})
+_BY_NAME = "it takes no pickles, only calls by name (result_format='json'), and has answered the run so"
 _LOST_CODES = {
     1001: "It stops or restarts: try again.",
     1008: "It refuses this host: check --security on both sides.",
@@ -201,6 +203,8 @@ def run(config: dict[str, Any], timeout: float) -> tuple[Step, Offset | None]:
         if not isinstance(there, float) or not isinstance(connected, float):
             raise TypeError(f"time.time returned a {type(there).__name__}")
     except Exception as exc:
+        if isinstance(exc, EnvironmentExecutionError) and exc.payload.get("kind") == "PickleRefused":
+            return Step(name="run", status="skip", detail=_BY_NAME), None
         cause, remedy = _failed_run(exc, timeout)
         seconds = time.perf_counter() - began
         facts = {"error": type(exc).__name__}
@@ -237,7 +241,7 @@ def _failed_run(exc: Exception, timeout: float) -> tuple[str, str]:
     if isinstance(exc, PayloadError):
         remedy = "Compare the versions of Python and cloudpickle on both sides."
         return f"the result could not be unpickled: {exc}", remedy
-    if isinstance(exc, wove.environment.EnvironmentExecutionError):
+    if isinstance(exc, EnvironmentExecutionError):
         cause = f"the worker service could not run it: {exc.payload.get('kind')}: {exc}"
         return cause, "See the log of the worker service."
     cause = f"it raised {type(exc).__name__}: {exc}"

@@ -65,6 +65,8 @@ def register(subparsers: Any) -> None:
         "for a function that returns a concurrent.futures.Executor")  # fmt: skip
     add("--workers", type=_positive, metavar="N",
         help="tasks at once (default: CPUs + 4, at most 32; processes: CPUs; others: theirs)")  # fmt: skip
+    add("--registry", action="append", default=[], metavar="MODULE",
+        help="call only what its __all__ lists, by name; unpickle nothing (repeatable)")  # fmt: skip
     add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
         help="largest message accepted from a host (default: 256 MiB)")  # fmt: skip
     add("--max-kept-bytes", type=_positive, default=512 * 1024 * 1024, metavar="BYTES",
@@ -248,6 +250,7 @@ async def _serve(settled: Settled, context: RenewingContext | None) -> tuple[int
             dedupe_window=options.dedupe_window,
             require_seal=options.require_seal,
             insecure=options.insecure,
+            registry=options.registry,
         )
         await service.start()
     except (ValueError, TypeError) as exc:

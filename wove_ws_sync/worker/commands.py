@@ -41,7 +41,8 @@ _MIN_BEAT_INTERVAL = 0.01
 class RunTask:
     """Execute a task, unless the same work was done already: ``idempotency_key`` names it, "" does not.
 
-    ``beat_interval`` is a third of the heartbeat asked for, in seconds.
+    ``beat_interval`` is a third of the heartbeat asked for, in seconds. What to call is a pickle, or
+    else ``name`` says it and ``arguments`` is the JSON text of [positional ones, the others by name].
     """
 
     run_id: str
@@ -52,6 +53,8 @@ class RunTask:
     cancel_mode: str
     orphan_policy: str = "cancel"
     idempotency_key: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -202,16 +205,35 @@ def _about_runs(frame: dict[str, Any], kind: str) -> Resume | EventAck | Ignored
 def _run_task(
     frame: dict[str, Any], run_id: str, task_id: str, delivery: tuple[float | None, str, str]
 ) -> RunTask | MalformedRun:
-    function, args = frame.get("callable_pickle"), frame.get("args_pickle")
-    if not isinstance(function, str) or not function:
-        return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.", "run_task")
-    if args is not None and not isinstance(args, str):
-        return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.", "run_task")
     key = (frame.get("delivery") or {}).get("delivery_idempotency_key") or ""
     if not isinstance(key, str) or len(key) > _MAX_ID:
         message = "delivery_idempotency_key must be a string of at most 4096 characters."
         return MalformedRun(run_id, task_id, message, "run_task")
+    function, args = frame.get("callable_pickle"), frame.get("args_pickle")
+    if function is None and args is None and "callable" in frame:
+        named = _named(frame)
+        if isinstance(named, str):
+            return MalformedRun(run_id, task_id, named, "run_task")
+        return RunTask(run_id, task_id, "", None, *delivery, key, *named)
+    if not isinstance(function, str) or not function:
+        return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.", "run_task")
+    if args is not None and not isinstance(args, str):
+        return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.", "run_task")
     return RunTask(run_id, task_id, function, args or None, *delivery, key)
+
+
+def _named(frame: dict[str, Any]) -> tuple[str, str] | str:
+    """Return name and arguments of a call by name, or what is wrong with them."""
+    name = frame["callable"]
+    positional, args = frame.get("positional"), frame.get("args")
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_ID:
+        return "callable of run_task must be a name, a string of at most 4096 characters."
+    if not isinstance(args, dict | None) or not isinstance(positional, list | None):
+        return "args of run_task must be an object, and positional a list."
+    try:  # as text they go wherever the task is executed, however deep they are
+        return name, json.dumps([positional or [], args or {}])
+    except (ValueError, RecursionError) as exc:
+        return f"the arguments of run_task are beyond the limits of JSON here ({type(exc).__name__})."
 
 
 def _delivery(frame: dict[str, Any], kind: str) -> tuple[float | None, str, str] | str:

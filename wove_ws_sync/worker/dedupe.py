@@ -20,8 +20,9 @@ MAX_BYTES = 64 * 1024 * 1024
 #: What a kept result takes besides its event and its key, about.
 _OVERHEAD = 512
 
-#: Whose key it is (the id of what it was authenticated with), and the key itself.
-Key = tuple[str, str]
+#: Whose key it is (the id of what it was authenticated with), the key itself, and what distinguishes
+#: results that not every host can read.
+Key = tuple[str, ...]
 
 
 class Shared:

@@ -46,6 +46,7 @@ from .host import Host
 from .hosts import HostTable
 from .kept import Kept
 from .messenger import Messenger
+from .registry import Registry
 from .runs import Run, RunState, Stopped
 from .shelf import Shelf
 from .statistics import Statistics
@@ -78,8 +79,10 @@ class Dispatcher:
         max_kept_bytes: int,
         max_queue: int,
         dedupe_window: float,
+        registry: Registry | None = None,
     ) -> None:
         self._loop = loop
+        self._registry = registry
         self._counters = counters
         self._executions = Executions(loop, engine, self._happened, dedupe_window=dedupe_window)
         self._table = HostTable(counters, max_kept_bytes=max_kept_bytes)
@@ -150,12 +153,16 @@ class Dispatcher:
         if self.refusal:
             self._refuse(host, command)
             return
+        admitted = command if self._registry is None else self._registry.admit(command, self._counters)
+        if isinstance(admitted, bytes):
+            host.connection.send(admitted)
+            return
         run = host.runs.accept(command, host)
         assert run is not None
         self.statistics.accepted(run, self._loop.time())
         self._messenger.expect_beats(run)
         owner, limit = host.connection.key, host.connection.greeting.limit
-        if not self._executions.begin(run, command, owner, limit):
+        if not self._executions.begin(run, admitted, owner, limit):
             self._counters["deduplicated_run"] += 1
 
     def _refuse(self, host: Host, command: RunTask) -> None:
@@ -207,7 +214,7 @@ class Dispatcher:
         self._counters["malformed_run"] += 1
         if not host.has(command.run_id):  # or the error would end the run that has this id
             error = plain_error("MalformedFrame", command.message, "payload")
-            host.connection.send(error_event(command.run_id, command.task_id, error))
+            host.connection.send(error_event(command.run_id, command.task_id, error, plain=True))
 
     def _ignored(self, host: Host, command: Ignored) -> None:
         self._counters[f"ignored_{command.reason}"] += 1

@@ -30,12 +30,20 @@ def error_event(
     task_id: str,
     error: Mapping[str, Any],
     exception: bytes | None = None,
+    *,
+    plain: bool = False,
 ) -> bytes:
-    """Return a ``task_error`` message; *exception* is its base64 cloudpickle, if there is one."""
+    """Return a ``task_error`` message; *exception* is its base64 cloudpickle, if there is one.
+
+    If *plain* the error travels as JSON, for a host that takes no pickles.
+    """
     event: dict[str, Any] = {"type": "task_error", "run_id": run_id, "task_id": task_id}
     if exception is not None:
         event["exception_pickle"] = exception
-    event["error_pickle"] = payloads.encode_value(dict(error))
+    if plain:
+        event["error"] = dict(error)
+    else:
+        event["error_pickle"] = payloads.encode_value(dict(error))
     return encode(event)
 
 

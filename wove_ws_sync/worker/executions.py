@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from .alarm import Alarm
 from .commands import RunTask
-from .dedupe import Dedupe, Shared
+from .dedupe import Dedupe, Key, Shared
 from .engines import Engine
 from .events import error_event, is_result, life_event, plain_error
 from .jobs import Job
@@ -53,7 +53,7 @@ class Executions:
         """
         source: Run | Shared = run
         if command.idempotency_key:
-            key = (owner, command.idempotency_key)
+            key = (owner, command.idempotency_key, "json" if command.name else "pickle")
             if self._follow(run, key):
                 return False
             source = self._dedupe.begin(key, run)
@@ -66,11 +66,13 @@ class Executions:
         except RuntimeError as exc:  # no more threads, or the service is stopping
             job.abandoned = True
             error = plain_error(type(exc).__name__, f"The worker cannot take the run: {exc}.", "executor")
-            event = error_event(run.run_id, run.task_id, {**error, "retryable": True})
+            event = error_event(
+                run.run_id, run.task_id, {**error, "retryable": True}, plain=bool(command.name)
+            )
             self._reported(source, "ended", event)
         return True
 
-    def _follow(self, run: Run, key: tuple[str, str]) -> bool:
+    def _follow(self, run: Run, key: Key) -> bool:
         result = self._dedupe.replay(key, run, self._loop.time())
         if result is not None:
             self._happened(run, "ended", result)

@@ -1,4 +1,4 @@
-"""The user's code of one run: unpickle it, call it, await it, pickle what comes out.
+"""The user's code of one run: unpickle or import it, call it, await it, encode what comes out.
 
 Owns: everything that executes user code, and the terminal event that follows from it.
 Never: runs on the event loop that serves connections; never lets an exception of a
@@ -16,9 +16,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from .. import current, payloads
+from .._exact import to_json
 from ..frames import encode
 from .commands import RunTask
 from .events import cancelled_event, error_event, plain_error
+from .registry import UnknownTask, call_of
 from .voice import Voice
 
 __all__ = ["Job", "Report"]
@@ -106,19 +108,19 @@ class Job:
         head = {"type": "task_started", "run_id": run_id, "task_id": task_id}
         self._report("started", encode(head))
         try:
-            function, args = self._unpickle()
+            function, positional, args = self._load()
         except BaseException as exc:
             self._failed_payload(exc)
             return
         try:
-            value = function(**args)
+            value = function(*positional, **args)
             awaitable = inspect.isawaitable(value)
         except asyncio.CancelledError:
             self._cancelled()
         except BaseException as exc:
             self._failed(exc)
         else:
-            del function, args
+            del function, positional, args
             if not awaitable:
                 self._returned(value)
                 return
@@ -128,7 +130,9 @@ class Job:
     def forget(self) -> None:
         """Drop the payload of a job that will never run; its place in a queue may live on for long."""
         command = self._command
-        self._command = RunTask(command.run_id, command.task_id, "", None, None, command.cancel_mode)
+        self._command = RunTask(
+            command.run_id, command.task_id, "", None, None, command.cancel_mode, name=command.name
+        )
 
     async def drive(self, awaitable: Awaitable[Any]) -> None:
         """Await what the task returned and report how it ended. Never raises."""
@@ -151,6 +155,16 @@ class Job:
             self._failed(exc)
         else:
             self._cancelled()
+
+    def _load(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """Return what to call, its positional arguments and the others."""
+        command = self._command
+        if command.name:
+            call = call_of(command)
+            self.forget()
+            return call
+        function, args = self._unpickle()
+        return function, [], args
 
     def _unpickle(self) -> tuple[Any, dict[str, Any]]:
         command = self._command
@@ -175,17 +189,23 @@ class Job:
         self._end(cancelled_event(self._command.run_id, self._command.task_id))
 
     def _error(self, error: Mapping[str, Any], exception: bytes | None = None) -> None:
-        event = error_event(self._command.run_id, self._command.task_id, error, exception)
+        run_id, task_id, plain = self._command.run_id, self._command.task_id, bool(self._command.name)
+        event = error_event(run_id, task_id, error, exception, plain=plain)
         if len(event) > self._limit and exception is not None:
-            event = error_event(self._command.run_id, self._command.task_id, error)
+            event = error_event(run_id, task_id, error)
         if len(event) > self._limit:
             short = {**error, "message": str(error["message"])[:512], "traceback": ""}
-            event = error_event(self._command.run_id, self._command.task_id, short)
+            event = error_event(run_id, task_id, short, plain=plain)
         self._end(event)
 
     def _failed_payload(self, exc: BaseException) -> None:
-        """Report that the task could not be unpickled, so that nothing of it ran."""
+        """Report that the task could not be had, so that nothing of it ran."""
         cause = exc.__cause__ or exc
+        if self._command.name:
+            message = f"The worker service cannot call {self._command.name!r}: {_text(exc)[:1024]}."
+            kind = "UnknownTask" if isinstance(exc, UnknownTask) else "PayloadDecodeError"
+            self._error(plain_error(kind, message, "payload", text=_traceback(cause)))
+            return
         message = (
             f"The task could not be unpickled by the worker service ({_describe(cause)}). "
             "Check that both sides have the same modules and compatible versions."
@@ -201,29 +221,31 @@ class Job:
             self._end(b"")
             return
         error = plain_error(type(exc).__name__, _text(exc), "task", text=_traceback(exc))
-        self._error(error, _pickled(exc))
+        self._error(error, None if self._command.name else _pickled(exc))
 
     def _returned(self, value: Any) -> None:
         """Report the task's result, or why it cannot travel."""
         if self.abandoned:
             self._end(b"")
             return
-        kind = type(value)
+        kind, named = type(value), bool(self._command.name)
         try:
-            pickled = payloads.encode_value(value)
+            encoded = to_json(value, "the result") if named else payloads.encode_value(value)
         except BaseException as exc:
             message = (
-                f"The task returned a {kind.__module__}.{kind.__qualname__} that cannot be pickled "
-                f"({_describe(exc)}). A result must be picklable to travel back to the host."
+                f"The task returned a {kind.__module__}.{kind.__qualname__} that cannot be "
+                f"{'carried by JSON' if named else 'pickled'} ({_describe(exc)}). "
+                f"A result must be {'plain JSON' if named else 'picklable'} to travel back to the host."
             )
-            self._error(plain_error(type(exc).__name__, message, "result", text=_traceback(exc)))
+            name = "ResultNotJSON" if named else type(exc).__name__
+            self._error(plain_error(name, message, "result", text=_traceback(exc)))
             return
         del value
-        run_id, task_id = self._command.run_id, self._command.task_id
-        event = {"type": "task_result", "run_id": run_id, "task_id": task_id, "result_pickle": pickled}
-        message_bytes = encode(event) if len(pickled) < self._limit else b""
+        event: dict[str, Any] = {"type": "task_result", "run_id": self.run_id, "task_id": self.task_id}
+        event["result" if named else "result_pickle"] = encoded
+        message_bytes = encode(event) if len(encoded) < self._limit else b""
         if not message_bytes or len(message_bytes) > self._limit:
-            self._too_large(len(message_bytes) or len(pickled))
+            self._too_large(len(message_bytes) or len(encoded))
             return
         self._end(message_bytes)
 

@@ -18,7 +18,7 @@ import socket
 import ssl
 import weakref
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +39,7 @@ from .dispatcher import Dispatcher
 from .engines import Engine, make_engine
 from .greeting import SMALLEST_LIMIT, Greeting
 from .pages import Pages
+from .registry import Registry
 from .status import StatusView
 
 __all__ = ["WorkerService"]
@@ -85,7 +86,8 @@ class WorkerService:
     pauses, ``dedupe_window`` (default 300 s) how long a result is given out again for its
     ``delivery_idempotency_key``.
     ``require_seal`` refuses hosts whose messages are not sealed.
-    ``insecure`` allows to listen beyond loopback without TLS and security.
+    ``insecure`` allows to listen beyond loopback without TLS and security. ``registry`` names
+    modules: then only what their ``__all__`` lists is called, by name, and nothing is unpickled.
     ``counters`` tells what was refused, ignored or dropped, by reason.
 
     Raises ValueError or TypeError for wrong arguments and RuntimeError for a secret that
@@ -109,6 +111,7 @@ class WorkerService:
         dedupe_window: float = _DEFAULT_DEDUPE_WINDOW,
         require_seal: bool = False,
         insecure: bool = False,
+        registry: Sequence[str] = (),
     ) -> None:
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
             raise ValueError(f"path must be the path of a URL, such as /wove, not {path!r}.")
@@ -142,6 +145,7 @@ class WorkerService:
         self._max_in_flight = max_in_flight
         self._insecure = insecure
         self._require_seal = require_seal
+        self._registry = Registry(registry) if registry else None
         # By weak reference: a host may be gone before its handshake is done.
         self._admitted: weakref.WeakKeyDictionary[ServerConnection, _Admitted] = weakref.WeakKeyDictionary()
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
@@ -186,6 +190,7 @@ class WorkerService:
             max_kept_bytes=self._max_kept_bytes,
             max_queue=self._max_queue,
             dedupe_window=self._dedupe_window,
+            registry=self._registry,
         )
         self._id = secrets.token_hex(16)
         try:
@@ -198,6 +203,9 @@ class WorkerService:
         self._warn()
         how_many = f"{self._engine.workers} " if self._engine.workers else ""
         _logger.info("Listening on %s with %s%s.", self.url, how_many, self._engine.name)
+        if self._registry is not None:
+            modules = ", ".join(self._registry.modules)
+            _logger.info("Only the %d tasks of %s are called, by name.", self._registry.count, modules)
         _logger.info("Its status page is %s.", f"http{self.url[2:].removesuffix(self._path)}/")
 
     async def _listen(self) -> Server:
