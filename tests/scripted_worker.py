@@ -120,11 +120,13 @@ class Connection:
 class ScriptedWorker:
     """A context manager: a listener on loopback whose connections do what a test says.
 
-    A *foreign* one does not answer our header, as a worker of another make.
+    A *foreign* one does not answer our header, as a worker of another make; *features* are
+    the extensions that another one agrees to.
     """
 
-    def __init__(self, *, foreign: bool = False) -> None:
-        self._headers = () if foreign else ("X-Wove-Sync: 1",)
+    def __init__(self, *, foreign: bool = False, features: str = "") -> None:
+        agreed = f"; f={features}" if features else ""
+        self._headers = () if foreign else (f"X-Wove-Sync: 1{agreed}",)
         self._connections: SimpleQueue[Connection] = SimpleQueue()
         self._listener = Listener(self._serve)
 
