@@ -114,10 +114,9 @@ def encode(frame: Mapping[str, Any]) -> bytes:
     plain: dict[str, Any] = {}
     spliced: list[bytes] = []
     for key, value in frame.items():
-        if isinstance(value, bytes) and key.endswith("_pickle"):
-            spliced += [b',"', key.encode("ascii"), b'":"', value, b'"']
-        elif isinstance(value, JSONText):
-            spliced += [b',"', key.encode("ascii"), b'":', value]
+        if isinstance(value, bytes) and (key.endswith("_pickle") or isinstance(value, JSONText)):
+            quote = b"" if isinstance(value, JSONText) else b'"'
+            spliced += [b',"', key.encode("ascii"), b'":', quote, value, quote]
         else:
             plain[key] = value
     head = _to_json(plain).encode("utf-8")
