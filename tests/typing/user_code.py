@@ -33,6 +33,7 @@ def futures() -> None:
         assert_type(pool.map(double, [1, 2], timeout=3.0, chunksize=1, buffersize=None), Iterator[int])
         hasty = pool.with_options(delivery_timeout=5.0)
         assert_type(hasty, wove_ws_sync.WebSocketExecutor)
+        assert_type(pool.submit(wove_ws_sync.named("resize"), "a.png"), wove_ws_sync.RunFuture[Any])
         concurrent.futures.wait([future, hasty.submit(double, 2)])
         standard.shutdown(wait=True, cancel_futures=True)
     wove_ws_sync.WebSocketExecutor(environment="socket_workers").shutdown()

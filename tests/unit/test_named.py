@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -17,6 +18,8 @@ from typing import Any
 import cloudpickle
 import named_tasks
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from scripted_worker import SONGS, Canary, pickled
 
 from wove_ws_sync import PayloadError, WebSocketExecutor, named
@@ -337,3 +340,51 @@ def test_a_pickle_is_refused_and_counted() -> None:
     error = json.loads(event)["error"]
     assert (error["kind"], error["retryable"], error["started"]) == ("PickleRefused", False, False)
     assert "result_format='json'" in error["message"] and counters == {"refused_pickle": 1}
+
+
+# Whatever comes
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10
+)
+keys = st.sampled_from(
+    ["callable", "args", "positional", "callable_pickle", "args_pickle", "delivery", "attempt", "task_id"]
+)
+
+
+@given(st.dictionaries(keys, values | st.just("named_tasks:add")))
+def test_any_command_is_read_and_admitted_or_refused(fields: dict[str, Any]) -> None:
+    """Nothing raises, and a pickle never gets through."""
+    found = commands.read(json.dumps({"task_id": "t", **fields, "type": "run_task", "run_id": "r"}))
+    assert isinstance(found, RunTask | MalformedRun)
+    if isinstance(found, RunTask):
+        end = Registry(["named_tasks"]).admit(found, Counter())
+        if isinstance(end, RunTask):
+            assert end.name and not (end.callable_pickle or end.args_pickle)
+            call_of(end)
+        else:
+            assert json.loads(end)["error"]["kind"] in ("PickleRefused", "UnknownTask")
+
+
+@given(st.text(max_size=12) | st.from_regex(r"named_tasks[:.]{1,2}[a-zA-Z_.]{0,12}", fullmatch=True))
+def test_any_name_is_looked_up_or_unknown(name: str) -> None:
+    """Also one that no import and no attribute could have."""
+    assume(":" not in name or name.startswith("named_tasks"))  # a module that is there would be imported
+    with contextlib.suppress(UnknownTask):
+        assert callable(call_of(RunTask("r", "t", "", None, None, "x", name=name, arguments="[[],{}]"))[0])
+
+
+@given(
+    st.sampled_from(["task_result", "task_error", "task_cancelled", "heartbeat", "log"]),
+    st.dictionaries(
+        st.sampled_from(["result", "error", "exception", "message", "result_pickle", "_pickle", "x_pickle"]),
+        values | st.just(pickled(Canary("sang"))),
+    ),
+)
+def test_any_event_is_decoded_without_a_pickle(kind: str, fields: dict[str, Any]) -> None:
+    SONGS.clear()
+    decoded = decode_event({"type": kind, "run_id": "r", **fields})
+    assert not [key for key in decoded if key.endswith("_pickle")] and SONGS == []
+    if decoded["type"] == "task_error":
+        assert isinstance(decoded["exception"], Exception)
