@@ -235,9 +235,9 @@ def test_progress_and_logs(worker: SimpleNamespace) -> None:
 def test_heartbeats_come_at_a_third(worker: SimpleNamespace) -> None:
     events: list[dict[str, Any]] = []
     config = {"security": worker.security, "result_format": "json", "on_event": events.append}
-    with WebSocketExecutor(worker.url, **config, delivery_heartbeat_seconds=0.3) as pool:
+    with WebSocketExecutor(worker.url, **config, delivery_heartbeat_seconds=3.0) as pool:
         future = pool.submit(named("wait"), 600)
-        until(lambda: sum(event["type"] == "heartbeat" for event in events) >= 5)
+        until(lambda: sum(event["type"] == "heartbeat" for event in events) >= 2)
         assert not future.done() and future.cancel()
 
 
