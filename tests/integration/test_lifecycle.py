@@ -414,11 +414,17 @@ FORK = """
     if ARGS:
         CONFIG["ca_file"] = ARGS[0]
     executor = functools.partial(executor, ping_interval=60.0)
+    gate = sys.argv[0] + ".gate"
+    def hold(gate):
+        import os, time
+        while not os.path.exists(gate):
+            time.sleep(0.01)
+        return 4.0
     pool = executor()
     assert pool.submit(add, 1, 1).result() == 2
     done = pool.submit(add, 1, 2)
     concurrent.futures.wait([done])
-    runs = [pool.submit(nap, 4.0) for _ in range(3)]
+    runs = [pool.submit(hold, gate) for _ in range(3)]
     wait_running(*runs)
     asked = threading.Thread(target=lambda: runs[0].result())
     asked.start()
@@ -464,6 +470,7 @@ FORK = """
     _, status = os.waitpid(child, 0)
     say("child", os.waitstatus_to_exitcode(status))
     input()
+    open(gate, "w").close()
     assert [future.result() for future in runs] == [4.0] * 3
     assert done.result() == 3
     assert pool.submit(add, 1, 1).result() == 2
