@@ -62,6 +62,9 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.keyring",
                 "worker.logs",
                 "worker.metrics",
+                "worker.nonce_file",
+                "worker.nonce_redis",
+                "worker.nonces",
                 "worker.outbox",
                 "worker.pacing",
                 "worker.parked",
@@ -103,6 +106,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.channel",
                 "worker.connection",
                 "worker.dispatcher",
+                "worker.doorkeeper",
                 "worker.messenger",
                 "worker.pages",
                 "worker.service",
@@ -125,6 +129,7 @@ OUTSIDE = {
     "jwt": {"worker.jwks", "worker.tokens"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},
+    "redis": {"worker.nonce_redis"},
     "requests": {"_token_endpoint"},
     "rich": {"progress"},
     "tqdm": {"progress"},
@@ -268,7 +273,7 @@ def test_import_is_light() -> None:
     program = (
         "import logging, sys, threading, wove_ws_sync\n"
         "heavy = {'django', 'celery', 'gevent', 'requests', 'opentelemetry', 'websockets', 'cryptography'}\n"
-        "heavy |= {'prometheus_client', 'tqdm', 'rich', 'jwt', 'urllib3'}\n"
+        "heavy |= {'prometheus_client', 'tqdm', 'rich', 'jwt', 'urllib3', 'redis', 'sqlite3'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "assert threading.enumerate() == [threading.main_thread()], threading.enumerate()\n"
         "[handler] = logging.getLogger('wove_ws_sync').handlers\n"
