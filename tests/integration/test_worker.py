@@ -42,6 +42,7 @@ from websockets.sync.client import connect
 from wove_ws_sync.testing import LoopbackWorker
 from wove_ws_sync.worker import WorkerService
 from wove_ws_sync.worker.auth import Authenticator
+from wove_ws_sync.worker.nonces import MemoryNonces
 
 # The worker cannot import this module: what tasks use of it travels by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -942,7 +943,7 @@ class TestHandshake:
             now += 1
             headers = security.headers_for(transport="websocket", target="/wove", body=b"")
             assert try_it(headers) == "accepted"
-        assert len(authenticator._nonces) == len(authenticator._expiry) <= 32
+        assert isinstance(authenticator._nonces, MemoryNonces) and len(authenticator._nonces) <= 32
 
     def test_a_web_page_cannot_use_a_service_without_security(self, worker: LoopbackWorker) -> None:
         """Any page may connect to loopback ports: an Origin that is not of this machine is 403."""

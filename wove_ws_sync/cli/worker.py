@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 #: Exit codes; 1 is all else that goes wrong at run time.
-_USAGE, _NO_PORT, _NO_SECRET, _NO_CERTIFICATE, _NO_ENGINE = 2, 10, 11, 12, 13
+_USAGE, _NO_PORT, _NO_SECRET, _NO_CERTIFICATE, _NO_ENGINE, _NO_NONCES = 2, 10, 11, 12, 13, 14
 _LEVELS = ("debug", "info", "warning", "error")
 #: Threads that are still busy get this long, in seconds, before the process ends without them.
 _EXIT_TIMEOUT = 1.0
@@ -46,7 +46,8 @@ def register(subparsers: Any) -> None:
         epilog="An option may also stand in the environment, as in WOVE_WS_WORKER_MAX_KEPT_BYTES, or in the "
         "file, as in max_kept_bytes = 1000000; a flag wins over the environment, that over the file. "
         "Exit codes: 0 ended as asked, 1 failed, 2 wrong usage or configuration, 10 the port cannot be had, "
-        "11 the secret is missing, 12 the certificate files cannot be used, 13 the engine cannot be had.",
+        "11 the secret is missing, 12 the certificate files cannot be used, 13 the engine cannot be had, "
+        "14 the nonce store cannot be used.",
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -77,6 +78,10 @@ def register(subparsers: Any) -> None:
         help="runs of a host under way, beyond which its reading pauses (default: %(default)s)")  # fmt: skip
     add("--dedupe-window", type=_seconds, default=300.0, metavar="SECONDS",
         help="how long a result is given again for its idempotency key (default: %(default)s)")  # fmt: skip
+    add("--nonce-store", type=_nonce_store, default="memory", metavar="STORE",
+        help="where handshakes are remembered, so that none is taken twice: memory (the default), file:PATH "
+        "for the services of this machine, redis://HOST:PORT/DB, or redis:env:VARIABLE for a URL with a "
+        "password")  # fmt: skip
     add("--tls-cert", metavar="FILE", help="certificate chain (PEM); makes the URL wss://")
     add("--tls-key", metavar="FILE", help="private key of the certificate (PEM)")
     add("--tls-client-ca", metavar="FILE", help="accept only hosts with a certificate of this CA (PEM)")
@@ -156,6 +161,15 @@ def _engine(text: str) -> str:
         raise argparse.ArgumentTypeError(str(exc)) from None
 
 
+def _nonce_store(text: str) -> str:
+    from ..worker.nonces import check_nonce_store
+
+    try:
+        return check_nonce_store(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
 def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     try:
         settled = settle(parser, given, os.environ)
@@ -229,6 +243,7 @@ def _leave_now(code: int) -> NoReturn:
 async def _serve(settled: Settled, context: RenewingContext | None) -> tuple[int, bool]:
     """Serve until a signal; return the exit code and whether nothing is left running."""
     from ..worker.engines import EngineError
+    from ..worker.nonces import NonceStoreError
     from ..worker.service import WorkerService
 
     options = settled.options
@@ -248,6 +263,7 @@ async def _serve(settled: Settled, context: RenewingContext | None) -> tuple[int
             max_queue=options.max_queue,
             max_in_flight=options.max_in_flight,
             dedupe_window=options.dedupe_window,
+            nonce_store=options.nonce_store,
             require_seal=options.require_seal,
             insecure=options.insecure,
             registry=options.registry,
@@ -259,6 +275,8 @@ async def _serve(settled: Settled, context: RenewingContext | None) -> tuple[int
         where = f"{options.host}:{options.port}"
         remedy = "Choose another --port or --host."
         return _fail(f"cannot listen on {where}: {_reason(exc)}. {remedy}", _NO_PORT), True
+    except NonceStoreError as exc:
+        return _fail(settled.blame(f"--nonce-store cannot be used: {exc}"), _NO_NONCES), True
     except RuntimeError as exc:
         return _fail(str(exc), _NO_ENGINE if isinstance(exc, EngineError) else 1), True
     reminder = asyncio.create_task(context.remind_daily()) if context is not None else None

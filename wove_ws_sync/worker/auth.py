@@ -1,7 +1,7 @@
 """Who may open a connection to the worker service.
 
 Owns: the check of a handshake by ``wove.NetworkExecutorSecurity`` and of the host's proof, the
-memory of used nonces, the rule where a service may listen. Never: sees a frame, logs a secret.
+rule where a service may listen. Never: sees a frame, logs a secret, remembers a nonce itself.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
-import heapq
 import hmac
 import secrets
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from .._keys import Key, SharedKey
 from .._proof import HOST_NONCE, HOST_PROOF, BadProof, WorkerProof
 from ..security import is_local_host
 from .keyring import Keyring
+from .nonces import MAX_NONCE, MemoryNonces, NonceStore
 
 __all__ = ["MIN_SECRET_BYTES", "Admission", "Authenticator", "check_listening", "is_foreign_page"]
 
@@ -29,9 +28,6 @@ _STAMP = ("X-Wove-Key", "X-Wove-Timestamp", "X-Wove-Nonce")
 _SIGNATURE = "X-Wove-Signature"
 _NOBODY = SharedKey("", secrets.token_bytes(32))
 _TIMESTAMP_DIGITS = 15
-
-#: More handshakes than this within the clock skew are refused: forgetting one would allow its replay.
-_MAX_NONCES = 262_144
 
 #: A shorter secret is accepted with a warning.
 MIN_SECRET_BYTES = 16
@@ -57,15 +53,18 @@ class Admission(NamedTuple):
 class Authenticator:
     """Verify handshakes against one security config (the value of ``--security``). Thread-safe.
 
+    *nonces* is where used nonces are remembered, in this process by default. It refuses to be pickled.
+
     Raises what ``wove.NetworkExecutorSecurity.from_config`` raises for a wrong config
     (RuntimeError for a missing environment variable), ValueError for an empty secret.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, nonces: NonceStore | None = None) -> None:
         self._keyring = Keyring(config)
-        self._lock = threading.Lock()  # guards the nonces
-        self._nonces: set[str] = set()
-        self._expiry: list[tuple[float, str]] = []
+        self._nonces = MemoryNonces() if nonces is None else nonces
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("Authenticator holds a secret and is not pickled.")
 
     @property
     def mode(self) -> str:
@@ -81,7 +80,8 @@ class Authenticator:
     def verify(self, headers: Fields, target: str) -> Admission:
         """Accept the handshake for *target* or raise PermissionError, whatever the headers hold.
 
-        The error says why; it is for the worker's log, never for the peer.
+        The error says why; it is for the worker's log, never for the peer. Raises NonceStoreError
+        if it cannot be told whether this is a replay; waits for the nonce store if that ``blocks``.
         """
         keys = self._keyring.keys()
         if keys.mode == "none":
@@ -110,7 +110,7 @@ class Authenticator:
         else:
             key, proof = _prover(candidates, headers, target)
         if keys.remembers:
-            self._use_nonce(signed["X-Wove-Nonce"], float(timestamp) + keys.skew)
+            self._use_nonce(key, signed["X-Wove-Nonce"], float(timestamp) + keys.skew)
         return Admission(key.id, proof)
 
     def prepare(self, headers: Fields) -> concurrent.futures.Future[None] | None:
@@ -141,17 +141,13 @@ class Authenticator:
         known = [hmac.compare_digest(password, secret) for secret in self._keyring.keys().secrets]
         return any(known)
 
-    def _use_nonce(self, nonce: str, expires: float) -> None:
-        now = time.time()
-        with self._lock:
-            while self._expiry and self._expiry[0][0] < now:
-                self._nonces.discard(heapq.heappop(self._expiry)[1])
-            if nonce in self._nonces:
-                raise PermissionError("Replayed Wove network executor signature.")
-            if len(self._nonces) >= _MAX_NONCES:
-                raise PermissionError("Too many handshakes within the clock skew.")
-            self._nonces.add(nonce)
-            heapq.heappush(self._expiry, (expires, nonce))
+    def _use_nonce(self, key: Key, nonce: str, expires: float) -> None:
+        if len(nonce) > MAX_NONCE:
+            raise PermissionError(f"The nonce is longer than {MAX_NONCE} characters.")
+        # Not by its id, which Wove does not sign: a secret may have two.
+        name = hmac.digest(key.secret, b"nonces", "sha256").hex() if key.secret else key.id
+        if not self._nonces.use(name, nonce, time.time(), expires):
+            raise PermissionError("Replayed Wove network executor signature.")
 
 
 def _only(headers: Fields, name: str) -> str:

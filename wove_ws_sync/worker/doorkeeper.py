@@ -7,17 +7,18 @@ makes a handshake valid; the authenticator does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
-from .auth import Authenticator
+from .auth import Admission, Authenticator
 from .nonces import NonceStore, NonceStoreError
 
 __all__ = ["Doorkeeper"]
@@ -28,6 +29,12 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 _THREADS, _MAX_WAITING = 4, 256
 #: A store that fails is told this often, in seconds.
 _PAUSE = 10.0
+#: How long the keys of tokens are waited for, in seconds.
+_KEYS_TIMEOUT = 6.0
+
+
+#: What is done about a valid handshake; it may be refused for another reason.
+Welcome = Callable[[ServerConnection, Request, Admission], Response | None]
 
 
 class Doorkeeper:
@@ -61,28 +68,41 @@ class Doorkeeper:
             threads.submit(self._nonces.close)
             threads.shutdown(wait=False)
 
-    def admit(self, connection: ServerConnection, request: Request) -> Response | Awaitable[Response] | None:
-        """Return the refusal of a handshake that is not valid."""
-        if self._nonces.blocks and self._auth.mode != "none":
-            return self._admit_later(connection, request)  # type: ignore[return-value]  # None, too
+    def admit(
+        self, connection: ServerConnection, request: Request, welcome: Welcome
+    ) -> Response | Awaitable[Response | None] | None:
+        """Return the refusal of a handshake that is not valid, or else what *welcome* does."""
+        keys = self._auth.prepare(request.headers)
+        if keys is not None or (self._nonces.blocks and self._auth.mode != "none"):
+            return self._admit_later(connection, request, welcome, keys)
         try:
-            self._auth.verify(request.headers.get_all, request.path)
+            admission = self._auth.verify(request.headers, request.path)
         except (PermissionError, NonceStoreError) as exc:
             return self._refuse(connection, exc)
-        return None
+        return welcome(connection, request, admission)
 
-    async def _admit_later(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _admit_later(
+        self, connection: ServerConnection, request: Request, welcome: Welcome, keys: Future[None] | None
+    ) -> Response | None:
         self._waiting += 1
         try:
-            if self._threads is None or self._waiting > _MAX_WAITING:
-                raise NonceStoreError("Too many handshakes wait for the nonce store.")
-            verify, loop = self._auth.verify, asyncio.get_running_loop()
-            await loop.run_in_executor(self._threads, verify, request.headers.get_all, request.path)
+            if keys is not None:
+                with contextlib.suppress(TimeoutError):  # those at hand may do
+                    await asyncio.wait_for(asyncio.wrap_future(keys), _KEYS_TIMEOUT)
+            admission = await self._verify(request)
         except (PermissionError, NonceStoreError) as exc:
             return self._refuse(connection, exc)
         finally:
             self._waiting -= 1
-        return None
+        return welcome(connection, request, admission)
+
+    async def _verify(self, request: Request) -> Admission:
+        if not self._nonces.blocks:
+            return self._auth.verify(request.headers, request.path)
+        if self._threads is None or self._waiting > _MAX_WAITING:
+            raise NonceStoreError("Too many handshakes wait for the nonce store.")
+        verify, loop = self._auth.verify, asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, verify, request.headers, request.path)
 
     def _refuse(self, connection: ServerConnection, exc: PermissionError | NonceStoreError) -> Response:
         address = connection.remote_address

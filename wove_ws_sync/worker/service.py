@@ -8,7 +8,6 @@ its event loop.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -36,8 +35,10 @@ from .auth import MIN_SECRET_BYTES, Admission, Authenticator, check_listening, i
 from .channel import Channel
 from .connection import CLOSE_TIMEOUT, DEFAULT_MAX_IN_FLIGHT, HostConnection
 from .dispatcher import Dispatcher
+from .doorkeeper import Doorkeeper
 from .engines import Engine, make_engine
 from .greeting import SMALLEST_LIMIT, Greeting
+from .nonces import NonceStore, make_nonce_store
 from .pages import Pages
 from .registry import Registry
 from .status import StatusView
@@ -56,8 +57,6 @@ _DEFAULT_DEDUPE_WINDOW = 300.0
 _PING_INTERVAL = 20.0
 #: More than the minute for which a host may be suspended without losing its connection.
 _PING_TIMEOUT = 75.0
-#: How long a handshake waits for the keys of tokens, in seconds.
-_KEYS_TIMEOUT = 6.0
 _READ_BYTES = 64 * 1024
 #: How long a host may take to show that it has the keys of its connection, in seconds.
 _CONFIRM_TIMEOUT = 10.0
@@ -84,7 +83,8 @@ class WorkerService:
     counted, ``max_queue`` (default 100,000) how many runs of all hosts may wait to begin,
     ``max_in_flight`` (default 10,000) how many runs of a host may be under way before reading from it
     pauses, ``dedupe_window`` (default 300 s) how long a result is given out again for its
-    ``delivery_idempotency_key``.
+    ``delivery_idempotency_key``. ``nonce_store`` says where used nonces are remembered, as ``--nonce-store``
+    does, or is a store.
     ``require_seal`` refuses hosts whose messages are not sealed.
     ``insecure`` allows to listen beyond loopback without TLS and security. ``registry`` names
     modules: then only what their ``__all__`` lists is called, by name, and nothing is unpickled.
@@ -92,6 +92,7 @@ class WorkerService:
 
     Raises ValueError or TypeError for wrong arguments and RuntimeError for a secret that
     is missing from the environment; ``start()`` raises OSError if the port is taken.
+    Both raise NonceStoreError for a nonce store that cannot be used.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class WorkerService:
         max_queue: int = _DEFAULT_MAX_QUEUE,
         max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
         dedupe_window: float = _DEFAULT_DEDUPE_WINDOW,
+        nonce_store: str | NonceStore = "memory",
         require_seal: bool = False,
         insecure: bool = False,
         registry: Sequence[str] = (),
@@ -128,7 +130,8 @@ class WorkerService:
             raise ValueError(f"max_in_flight must be above 0, not {max_in_flight}.")
         if not 0 <= dedupe_window < math.inf:
             raise ValueError(f"dedupe_window must be a number of seconds from 0 on, not {dedupe_window}.")
-        self._auth = Authenticator(security)
+        nonces = make_nonce_store(nonce_store) if isinstance(nonce_store, str) else nonce_store
+        self._auth = Authenticator(security, nonces)
         authenticated = self._auth.mode != "none"
         if require_seal and self._auth.mode not in ("signed", "ed25519"):
             raise ValueError("require_seal needs keys: set security to 'env:VARIABLE', the hosts' secret.")
@@ -156,6 +159,7 @@ class WorkerService:
         self._is_draining = False
         self._id = ""
         self.counters: Counter[str] = Counter()
+        self._doorkeeper = Doorkeeper(self._auth, nonces, self.counters)
 
     def __repr__(self) -> str:
         state = "stopped" if self._server is None else "draining" if self._is_draining else "serving"
@@ -194,9 +198,11 @@ class WorkerService:
         )
         self._id = secrets.token_hex(16)
         try:
+            await self._doorkeeper.open()
             self._engine.start()
             self._server = await self._listen()
         except BaseException:
+            self._doorkeeper.close()
             self._engine.close(0.0)
             raise
         logs.install()
@@ -302,6 +308,7 @@ class WorkerService:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(server.wait_closed()), CLOSE_TIMEOUT + 0.5)
             logs.uninstall()
+            self._doorkeeper.close()
             clean = await asyncio.to_thread(self._engine.close, timeout)
         finally:
             self._ended.set()
@@ -327,30 +334,16 @@ class WorkerService:
             why = "a web page must not run code here"
             _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
             return connection.respond(403, "403 Forbidden\n")
-        if (keys := self._auth.prepare(request.headers)) is not None:
-            return self._authenticate_after(keys, connection, request)
-        return self._authenticate(connection, request)
+        return self._doorkeeper.admit(connection, request, self._welcome)
 
-    async def _authenticate_after(
-        self, keys: concurrent.futures.Future[None], connection: ServerConnection, request: Request
+    def _welcome(
+        self, connection: ServerConnection, request: Request, admission: Admission
     ) -> Response | None:
-        """Wait for the keys of the tokens, within limits: those at hand may do."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(keys), _KEYS_TIMEOUT)
-        return self._authenticate(connection, request)
-
-    def _authenticate(self, connection: ServerConnection, request: Request) -> Response | None:
-        peer = _peer(connection)
-        try:
-            admission = self._auth.verify(request.headers, request.path)
-        except PermissionError as exc:
-            self.counters["unauthorized"] += 1
-            _logger.warning("Refused %s with 401: %s", peer, exc, extra=_about("refuse", peer))
-            return connection.respond(401, "401 Unauthorized\n")
+        """Note who was admitted; return the refusal of one that does not seal where that is required."""
         greeting = _greeting(admission, request)
         if (self._require_seal or self._auth.mode == "ed25519") and "seal" not in greeting.features:
             self.counters["not_sealed"] += 1
-            why = "its messages would not be sealed"
+            peer, why = _peer(connection), "its messages would not be sealed"
             _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
             return connection.respond(403, "403 Forbidden\n")
         self._admitted[connection] = _Admitted(admission, greeting)
