@@ -14,12 +14,13 @@ import urllib.parse
 from typing import Any, NamedTuple
 
 from ._checks import refusal, show
+from ._secrets import Headers, Secret
 
 __all__ = [
     "WebAddress",
     "address",
     "bracketed",
-    "check_header",
+    "check_headers",
     "headers",
     "proxy",
     "server_name",
@@ -163,7 +164,7 @@ def server_name(label: str, value: Any, remedy: str) -> str:
     return _host(label, bracketed(value))
 
 
-def proxy(label: str, value: Any, remedy: str) -> str:
+def proxy(label: str, value: Any, remedy: str) -> Secret:
     """Check the URL of a proxy and return it with its host in the one form."""
     text = f"{label} must have the form http://host:port or http://user:password@host:port; {remedy}."
     if not isinstance(value, str):
@@ -174,32 +175,40 @@ def proxy(label: str, value: Any, remedy: str) -> str:
     host, port = _host_and_port(label, match[2])
     if port is None:
         raise ValueError(text)
-    return f"http://{match[1]}{bracketed(host)}:{port}"
+    return Secret(f"http://{match[1]}{bracketed(host)}:{port}")
 
 
-def check_header(name: str, value: str) -> None:
-    """Refuse a header that could not be sent as exactly one field; the value is never shown.
+def check_headers(given: Headers) -> None:
+    """Refuse a header that could not be sent as exactly one field; no value is ever shown.
 
-    Raises ValueError. Thread-safe.
+    Raises ValueError, in whose traceback no frame has a value among its variables. Thread-safe.
     """
+    for fault in map(_header_fault, given.items()):
+        if fault:
+            raise ValueError(fault)
+
+
+def _header_fault(item: tuple[str, str]) -> str:
+    name, value = item
     if not _TOKEN.fullmatch(name):
-        raise ValueError(f"executor_config.headers has an invalid name, {show(name)}; use letters and '-'.")
+        return f"executor_config.headers has an invalid name, {show(name)}; use letters and '-'."
     if not _FIELD_VALUE.fullmatch(value):
-        raise ValueError(f"The value of header {name!r} must be Latin-1 text without control characters.")
+        return f"The value of header {name!r} must be Latin-1 text without control characters."
+    return ""
 
 
-def headers(given: Any) -> tuple[tuple[str, str], ...]:
+def headers(given: Any) -> tuple[tuple[str, Secret], ...]:
     """Return the headers that the user adds to the handshake, in one order."""
     if given is None:
         return ()
     if not isinstance(given, dict):
         raise TypeError("executor_config.headers must be a dictionary.")
-    pairs: dict[str, tuple[str, str]] = {}
-    for name, value in ((str(key), str(value)) for key, value in given.items()):
-        check_header(name, value)
+    pairs: dict[str, tuple[str, Secret]] = {}
+    for name, secret in [(str(key), Secret(str(value))) for key, value in given.items()]:
+        check_headers(Headers({name: secret.reveal()}))
         if _RESERVED.fullmatch(name):
             raise ValueError(f"executor_config.headers must not set {name!r}; the handshake sets it itself.")
         if name.lower() in pairs:
             raise ValueError(f"executor_config.headers names {name!r} twice; header names ignore case.")
-        pairs[name.lower()] = (name, value)
+        pairs[name.lower()] = (name, secret)
     return tuple(pairs[key] for key in sorted(pairs))  # the order of a dict must not make two links of one

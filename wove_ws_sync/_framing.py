@@ -43,6 +43,9 @@ class Frame(NamedTuple):
     fin: bool
     payload: bytes | bytearray
 
+    def __repr__(self) -> str:
+        return f"Frame({self.opcode!r}, {self.fin!r}, {len(self.payload)} bytes)"
+
 
 class MaskingKeys:
     """Keys from the system's random numbers, many for one system call. One thread at a time."""

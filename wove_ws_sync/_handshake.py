@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import websocket
 
 from . import security
-from ._address import check_header
+from ._address import check_headers
 from ._retry_after import retry_after
 from ._route import Witness, nobody, place, warn
+from ._secrets import Headers
 from ._wire import NotHTTP, Wire
 from .errors import AuthenticationRejected, HandshakeRejected
 from .options import LinkOptions
@@ -69,10 +70,8 @@ def upgrade(
         warn("websocket.enableTrace(True) was called: what passes through websocket-client is logged")
     key = base64.b64encode(os.urandom(16)).decode()
     proof = security.host_proof(options, headers)
-    if proof is not None:
-        headers = proof.headers
-    for name, value in headers.items():
-        check_header(name, value)
+    headers = Headers(headers if proof is None else proof.headers)
+    check_headers(headers)
     seam = _Seam(wire, options, headers, key, witness)
     ws = websocket.WebSocket(enable_multithread=False, skip_utf8_validation=True)
     try:
@@ -175,7 +174,8 @@ class _Seam:
         """Send the library's request with our target and headers."""
         lines = data.removesuffix(b"\r\n\r\n").split(b"\r\n")[1:]
         kept = [line + b"\r\n" for line in lines if not line.startswith(b"Cookie:")]
-        self._wire.send(b"".join([self._request_line, *kept, self._headers, b"\r\n"]))
+        # A view: the traceback of a send that fails must not show what the variable holds.
+        self._wire.send(memoryview(b"".join([self._request_line, *kept, self._headers, b"\r\n"])))
         return len(data)
 
     def recv(self, size: int) -> bytes:

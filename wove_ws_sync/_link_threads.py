@@ -117,7 +117,7 @@ class LinkThreads(LinkEnds):
         if self._sealed:  # that the worker service does not know of it any more is what an attacker says
             options = dataclasses.replace(options, seal="require")
         try:
-            return self._dial(options, {**headers, **self._introduction()}, clock=self._clock)
+            return self._dial(options, headers | self._introduction(), clock=self._clock)
         except AuthenticationRejected as exc:
             if exc.status == 401:
                 security.token_refused(self.options, headers)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import _pins, security
+from ._secrets import Secret
 from ._wire import NotHTTP, Wire
 from .options import LinkOptions
 from .timing import Clock, Deadline
@@ -188,16 +189,21 @@ def _connect_any(addresses: _Addresses, deadline: Deadline, clock: Clock) -> soc
         del error
 
 
-def _tunnel(wire: Wire, options: LinkOptions, proxy: str) -> None:
-    """Have the HTTP proxy connect the wire to the worker service."""
-    account = urllib.parse.urlsplit(proxy)
-    target = _host_port(options.host, options.port)
+def _connect_request(target: str, proxy: Secret) -> memoryview:
+    """Return the request to the proxy; no frame that may fail afterwards has its password in a variable."""
+    account = urllib.parse.urlsplit(proxy.reveal())
     request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
     if account.username is not None:
         user = ":".join(map(urllib.parse.unquote, (account.username, account.password or "")))
         request += f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}\r\n"
-    wire.send(f"{request}\r\n".encode("latin-1"))
-    name = _host_port(account.hostname or "", account.port or 0)
+    return memoryview(f"{request}\r\n".encode("latin-1"))
+
+
+def _tunnel(wire: Wire, options: LinkOptions, proxy: Secret) -> None:
+    """Have the HTTP proxy connect the wire to the worker service."""
+    target = _host_port(options.host, options.port)
+    wire.send(_connect_request(target, proxy))
+    name = _host_port(*(options.proxy_address or ("", 0)))
     try:
         words = wire.read_head().split(None, 2)
     except NotHTTP as exc:

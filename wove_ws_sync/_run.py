@@ -92,7 +92,7 @@ class Run:
 
     run_id: str
     task_id: str
-    message: bytes
+    message: bytes = dataclasses.field(repr=False)  # holds the arguments
     delivery: DeliveryOptions
     session: Hashable
     environment: str
@@ -147,6 +147,9 @@ class Deliver(NamedTuple):
 
     run: Run
     event: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Deliver({self.run!r}, {self.event.get('type')!r})"
 
 
 class CancelAtWorker(NamedTuple):

@@ -202,7 +202,7 @@ class Wire:
         """Tell whether bytes wait for the kernel to take them."""
         return len(self._tail) > 0
 
-    def push(self, data: bytes | bytearray) -> None:
+    def push(self, data: bytes | bytearray | memoryview) -> None:
         """Take *data* over for sending; only when nothing is pending."""
         self.accepted = 0
         if self._tls is None:
@@ -230,7 +230,7 @@ class Wire:
         """Wait up to *timeout* seconds, and never long, for the peer to read."""
         self._writable.poll(_milliseconds(_WRITE_WAIT if timeout is None else min(timeout, _WRITE_WAIT)))
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: memoryview) -> None:
         """Send all of *data* before the deadline."""
         self.push(data)
         self._drain()

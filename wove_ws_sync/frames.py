@@ -96,6 +96,9 @@ class Decoded(NamedTuple):
     events: tuple[dict[str, Any], ...]
     ignored: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"Decoded({len(self.events)} events, ignored={self.ignored!r})"
+
 
 def offered(result_format: str) -> str:
     """Return the extensions that a host with that ``result_format`` offers, as X-Wove-Sync lists them."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import _address, _checks, _pins
+from ._secrets import Secret
 from ._security_config import SecurityConfig
 
 __all__ = ["DeliveryOptions", "LinkOptions"]
@@ -29,9 +30,11 @@ class LinkOptions:
     """Say how to reach one worker service and how to keep the connection.
 
     Equal options share one link. Times are seconds, sizes are bytes. ``host`` has no
-    brackets, ``target`` is path and query exactly as they are sent and signed, ``proxy`` is
-    ``http://[user:password@]host:port``. ``idle_timeout`` None keeps an unused connection
-    for ever. Build it with :meth:`from_config`; thread-safe, and refuses to be pickled.
+    brackets, ``target`` is path and query exactly as they are sent and signed, ``proxy`` holds
+    ``http://[user:password@]host:port``. What may be secret of headers and proxy has to be asked
+    for with ``reveal()``; a query of ``url`` and ``target`` may be secret as well. ``idle_timeout``
+    None keeps an unused connection for ever. Build it with :meth:`from_config`; thread-safe, and
+    refuses to be pickled.
     """
 
     url: str = dataclasses.field(compare=False)
@@ -39,7 +42,7 @@ class LinkOptions:
     host: str
     port: int
     target: str
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, Secret], ...] = ()
     security: SecurityConfig = _NO_SECURITY
     open_timeout: float = 10.0
     insecure: bool = False
@@ -49,7 +52,7 @@ class LinkOptions:
     server_hostname: str | None = None
     tls_min_version: str = "1.2"
     pinned_keys: tuple[str, ...] | None = None
-    proxy: str | None = None
+    proxy: Secret | None = None
     ping_interval: float = 10.0
     pong_timeout: float = 5.0
     close_timeout: float = 2.0
@@ -119,7 +122,7 @@ class LinkOptions:
         """Return host (no brackets) and port of the proxy, without its credentials."""
         if self.proxy is None:
             return None
-        parts = urllib.parse.urlsplit(self.proxy)
+        parts = urllib.parse.urlsplit(self.proxy.reveal())
         return parts.hostname or "", parts.port or 0
 
     def __repr__(self) -> str:

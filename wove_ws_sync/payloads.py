@@ -67,7 +67,11 @@ def decode_value(text: str | bytes) -> Any:
     try:
         return pickle.loads(base64.b64decode(text, validate=True))
     except _RAISED_BY_PICKLES as exc:
-        raise PayloadError(_undecodable(exc)) from exc
+        payload, cause = _undecodable(exc), exc
+    # Without this frame, whose variable is what could not be decoded.
+    cause.__traceback__ = None if cause.__traceback__ is None else cause.__traceback__.tb_next
+    del text
+    raise PayloadError(payload) from cause
 
 
 def _undecodable(exc: BaseException) -> dict[str, Any]:
@@ -110,6 +114,7 @@ def decode_event(event: Mapping[str, Any]) -> dict[str, Any]:
             if f"{field}_pickle" in event:
                 decoded[field] = decode_value(event[f"{field}_pickle"])
     except PayloadError as exc:
+        exc.__traceback__ = None  # it has the event in it
         decoded.pop("result", None)
         decoded.update(type="task_error", error=exc.payload, exception=exc)
         return decoded

@@ -9,9 +9,11 @@ handshake, so that a rotated secret is picked up.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import ipaddress
 import marshal
 import math
+import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -20,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import wove
 
 from . import _oauth2
-from ._address import check_header, web_address
+from ._address import check_headers, web_address
 from ._keys import Key, KeyPair, SharedKey, private_key, public_key, read_secret
+from ._secrets import Headers
 from .options import LinkOptions
 
 if TYPE_CHECKING:
@@ -39,8 +42,9 @@ __all__ = [
     "token_refused",
 ]
 
-# What weaves configure again and again; each starts with its executor_config.
+# What weaves configure again and again; each starts with its executor_config, of which only a hash is kept.
 _known: dict[bytes, LinkOptions] = {}
+_SALT = os.urandom(16)
 _MOST_KNOWN = 64
 
 
@@ -52,7 +56,7 @@ def link_options(config: Mapping[str, Any]) -> LinkOptions:
     A configuration that was found right is not checked again.
     """
     try:
-        key = marshal.dumps(dict(config))
+        key = hashlib.blake2b(marshal.dumps(dict(config)), key=_SALT).digest()
     except (ValueError, TypeError):  # holds something else than plain values: a path, say
         return _checked_options(config)
     options = _known.get(key)
@@ -96,7 +100,7 @@ def _checked_options(config: Mapping[str, Any]) -> LinkOptions:
     return options
 
 
-def handshake_headers(options: LinkOptions) -> dict[str, str]:
+def handshake_headers(options: LinkOptions) -> Headers:
     """Return every header of the handshake that is not WebSocket's own, freshly signed.
 
     The signature covers ``options.target``. Call it once per dial: it holds a nonce and the
@@ -108,7 +112,7 @@ def handshake_headers(options: LinkOptions) -> dict[str, str]:
     return _headers(options, host_key(options), token)
 
 
-def ready_to_dial(options: LinkOptions) -> tuple[LinkOptions, dict[str, str]]:
+def ready_to_dial(options: LinkOptions) -> tuple[LinkOptions, Headers]:
     """Return the options for a dial that begins now, and the headers of its handshake.
 
     The time that it took to fetch a token is taken off ``open_timeout``.
@@ -143,7 +147,7 @@ def host_proof(options: LinkOptions, headers: Mapping[str, str]) -> HostProof | 
     from ._proof import HostProof
 
     unsigned = {name: value for name, value in headers.items() if name != "X-Wove-Signature"}
-    offered = {**unsigned, **_credentials(options, key)}
+    offered = Headers(unsigned) | _credentials(options, key)
     if options.seal != "off":
         known = offered.get("X-Wove-Sync", "1")
         offered["X-Wove-Sync"] = f"{known},seal" if "f=" in known else f"{known}; f=seal"
@@ -241,8 +245,8 @@ def _check_oauth2(options: LinkOptions) -> None:
     _oauth2.check_usable(options.security.value)
 
 
-def _headers(options: LinkOptions, key: Key | None, token: str) -> dict[str, str]:
-    headers = dict(options.headers)
+def _headers(options: LinkOptions, key: Key | None, token: str) -> Headers:
+    headers = Headers({name: value.reveal() for name, value in options.headers})
     with_token = options.security.mode in ("bearer", "oauth2")
     if with_token and any(name.lower() == "authorization" for name in headers):
         raise ValueError(
@@ -252,8 +256,7 @@ def _headers(options: LinkOptions, key: Key | None, token: str) -> dict[str, str
     headers |= _credentials(options, key, token)
     headers["X-Wove-Sync"] = "1"
     headers["X-Wove-Max-Message"] = str(options.max_message_bytes)
-    for name, value in headers.items():
-        check_header(name, value)
+    check_headers(headers)
     return headers
 
 

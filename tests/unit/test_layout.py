@@ -34,7 +34,9 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "_waker",
             )
         ),
-        frozenset({"options", "_address", "_checks", "_oauth2_config", "_pins", "_security_config"}),
+        frozenset(
+            {"options", "_address", "_checks", "_oauth2_config", "_pins", "_secrets", "_security_config"}
+        ),
         frozenset({"current", "_progress"}),
     ),
     (

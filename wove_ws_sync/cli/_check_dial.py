@@ -259,8 +259,7 @@ class Dial:
 def watched(options: LinkOptions, clock: Clock) -> Dial:
     """Dial as a link does, within ``open_timeout`` seconds, and return what was seen."""
     seen = Dial(options)
-    headers = {
-        **security.handshake_headers(options),
+    headers = security.handshake_headers(options) | {
         "X-Wove-Sync": f"1; f={','.join(frames.FEATURES)}",
         "X-Wove-Host": secrets.token_hex(16),  # a host of its own, which says goodbye
         "X-Wove-Resume-Window": "0",

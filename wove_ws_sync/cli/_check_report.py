@@ -131,11 +131,12 @@ def secrets_of(options: LinkOptions) -> tuple[str, ...]:
     """Return every text of the options that must not be shown, the longest first."""
     security = wove.NetworkExecutorSecurity.from_config(options.security.value)
     found = [security.token or "", security.secret.decode("utf-8", "replace")]
-    found += [value for _, value in options.headers]
-    parts = [part for _, value in options.headers for part in re.split(r"[\s;,=]+", value)]
+    values = [value.reveal() for _, value in options.headers]
+    found += values
+    parts = [part for value in values for part in re.split(r"[\s;,=]+", value)]
     found += [part for part in parts if len(part) >= _SHORTEST_PART]
     found += _decoded(part.partition("=")[2] or part for part in options.target.partition("?")[2].split("&"))
-    found += _decoded([urllib.parse.urlsplit(options.proxy or "").password or ""])
+    found += _decoded([urllib.parse.urlsplit(options.proxy.reveal() if options.proxy else "").password or ""])
     return tuple(sorted({text for text in found if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True))
 
 

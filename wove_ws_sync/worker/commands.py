@@ -47,8 +47,8 @@ class RunTask:
 
     run_id: str
     task_id: str
-    callable_pickle: str
-    args_pickle: str | None
+    callable_pickle: str = dataclasses.field(repr=False)
+    args_pickle: str | None = dataclasses.field(repr=False)
     beat_interval: float | None
     cancel_mode: str
     orphan_policy: str = "cancel"

@@ -66,6 +66,9 @@ class _Result(NamedTuple):
     since: float
     size: int
 
+    def __repr__(self) -> str:
+        return f"_Result(of={self.of!r}, since={self.since!r}, size={self.size!r})"
+
 
 class Dedupe:
     """The executions that are under way, and results that are kept for *window* seconds, by key."""

@@ -33,6 +33,9 @@ class Kept(NamedTuple):
     event: bytes
     since: float
 
+    def __repr__(self) -> str:
+        return f"Kept({self.run!r}, {len(self.event)} bytes, since={self.since!r})"
+
 
 class KeptEvents:
     """Terminal events by run_id, the oldest first.

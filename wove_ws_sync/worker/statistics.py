@@ -86,6 +86,9 @@ class Failure(NamedTuple):
     record: Record
     event: bytes
 
+    def __repr__(self) -> str:
+        return f"Failure({self.record!r}, {len(self.event)} bytes)"
+
 
 class Histogram:
     """Times by class: ``counts[i]`` took at most ``BOUNDS[i]``, the last one more than that."""
