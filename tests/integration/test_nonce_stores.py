@@ -272,7 +272,7 @@ class TestFile:
         path = tmp_path / "nonces"
         path.write_bytes(content)
         path.chmod(0o600)
-        with pytest.raises(NonceStoreError, match="cannot be used|damaged|another program"):
+        with pytest.raises(NonceStoreError, match=r"cannot be used|damaged|another program"):
             FileNonces(path).open()
         assert path.read_bytes() == content
 
@@ -296,7 +296,7 @@ class TestFile:
         content = bytearray(path.read_bytes())
         content[4096:] = b"\x55" * (len(content) - 4096)
         path.write_bytes(content)
-        with pytest.raises(NonceStoreError, match="damaged|cannot be used"):
+        with pytest.raises(NonceStoreError, match=r"damaged|cannot be used"):
             store.open()
 
     def test_a_file_that_others_may_use_is_refused(self, tmp_path: Path) -> None:

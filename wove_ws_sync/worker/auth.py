@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from .._keys import Key, SharedKey
 from .._proof import HOST_NONCE, HOST_PROOF, BadProof, WorkerProof
+from .._secrets import Headers
 from ..security import is_local_host
 from .keyring import Keyring
 from .nonces import MAX_NONCE, MemoryNonces, NonceStore
@@ -93,7 +94,7 @@ class Authenticator:
             if not hmac.compare_digest(given, b"Bearer " + keys.token):
                 raise PermissionError("Invalid Wove network executor bearer token.")
             return Admission("")
-        signed = {name: _only(headers, name) for name in _STAMP}
+        signed = Headers({name: _only(headers, name) for name in _STAMP})
         timestamp = signed["X-Wove-Timestamp"]
         if not (timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= _TIMESTAMP_DIGITS):
             raise PermissionError("The timestamp is not a number of seconds.")
@@ -129,14 +130,14 @@ class Authenticator:
         if len(authorizations) != 1:
             return False
         scheme, _, given = authorizations[0].strip().partition(" ")
-        if scheme.lower() == "bearer":
-            password = given.strip().encode("utf-8", "surrogateescape")
-        elif scheme.lower() == "basic":
-            try:
+        try:
+            if scheme.lower() == "bearer":
+                password = given.strip().encode("utf-8", "surrogateescape")
+            elif scheme.lower() == "basic":
                 password = base64.b64decode(given.strip(), validate=True).partition(b":")[2]
-            except ValueError:
+            else:
                 return False
-        else:
+        except ValueError:
             return False
         known = [hmac.compare_digest(password, secret) for secret in self._keyring.keys().secrets]
         return any(known)

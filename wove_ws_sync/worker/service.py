@@ -256,6 +256,9 @@ class WorkerService:
         if self._auth.mode == "none":
             who = "user of this machine" if is_local_host(self._host) else "machine that reaches this port"
             _logger.warning("No security is configured: every %s can run code here.", who)
+        # An SSLContext of the user's may have been told by SSLKEYLOGFILE; that of the command is not.
+        if self._ssl_context is not None and self._ssl_context.keylog_filename:
+            _logger.warning("SSLKEYLOGFILE is set: the TLS keys of every connection are written to a file.")
         if self._auth.weak:
             _logger.warning("The secret is shorter than %d bytes and may be guessed.", MIN_SECRET_BYTES)
 
