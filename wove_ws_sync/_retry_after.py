@@ -30,6 +30,6 @@ def retry_after(response: Mapping[str, str]) -> float | None:
 def _date(text: str) -> datetime.datetime | None:
     try:
         moment = email.utils.parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError, binascii.Error):
+    except (ValueError, TypeError, IndexError, OverflowError, binascii.Error):
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
