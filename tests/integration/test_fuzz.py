@@ -55,9 +55,7 @@ def bounded() -> Iterator[None]:
 @given(some.statuses, some.lines, st.booleans(), st.sampled_from(["\r\n", "\n"]), st.binary(max_size=50))
 @example("HTTP/1.1 101 Switching Protocols", [("X-Wove-Max-Message", ": ", "9" * 400)], True, "\r\n", b"")
 @example("HTTP/1.1 503 x", [("Retry-After", ": ", "Mon, 01 Jan 0001 00:00:00 -2359")], False, "\r\n", b"")
-@example(
-    "HTTP/1.1 503 x", [("Retry-After", ": ", f"Tue, 15 Nov 1995 8:2:{10**80} GMT")], False, "\r\n", b""
-)
+@example("HTTP/1.1 503 x", [("Retry-After", ": ", f"Tue, 15 Nov 1995 8:2:{10**80} GMT")], False, "\r\n", b"")
 def test_answers_to_the_handshake(
     status: str, fields: list[tuple[str, str, str]], good: bool, end: str, behind: bytes
 ) -> None:
