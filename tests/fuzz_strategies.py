@@ -21,6 +21,8 @@ NAMES = (
         "Sec-WebSocket-Protocol",
         "X-Wove-Sync",
         "X-Wove-Worker",
+        "X-Wove-Server-Nonce",
+        "X-Wove-Server-Signature",
     ),
     *("X-Wove-Max-Message", "X-Wove-Cancels", "Retry-After", "Date", "Set-Cookie", ""),
 )
@@ -123,7 +125,10 @@ harmless_frames = messages.filter(lambda message: PICKLE not in json.dumps(messa
 
 # Requests to a worker service
 
-SIGNED_NAMES = ("X-Wove-Key", "X-Wove-Timestamp", "X-Wove-Nonce", "X-Wove-Signature", "Authorization")
+SIGNED_NAMES = (
+    *("X-Wove-Key", "X-Wove-Timestamp", "X-Wove-Nonce", "X-Wove-Signature", "Authorization"),
+    *("X-Wove-Host-Nonce", "X-Wove-Host-Proof", "Sec-WebSocket-Key"),
+)
 OUR_NAMES = ("X-Wove-Sync", "X-Wove-Host", "X-Wove-Max-Message", "X-Wove-Resume-Window")
 HEADER_VALUES = (
     *("default", "1764000000", "9" * 15, "9" * 16, "\u0661", "nan", "1e3", "-1", "v1=", "v1=" + "0" * 64),

@@ -12,7 +12,7 @@ import hashlib
 import json
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from wove_ws_sync import HandshakeRejected, _handshake, frames, payloads, security
@@ -163,18 +163,28 @@ def command_message(data: bytes) -> None:
     assert len(repr(command)) < 10 * len(data) + 500
 
 
-def headers_of(data: bytes) -> Callable[[str], list[str]]:
+class Headers:
+    """What *pairs* say, unchecked: whatever a server lets through, this does."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._pairs = list(pairs)
+
+    def get_all(self, key: str) -> list[str]:
+        return [value for name, value in self._pairs if name.lower() == key.lower()]
+
+    def raw_items(self) -> Iterable[tuple[str, str]]:
+        return iter(self._pairs)
+
+
+def headers_of(data: bytes) -> Headers:
     """Return what *data* says as headers: lines of ``name: value``, as a server reads them."""
-    given: dict[str, list[str]] = {}
-    for line in data.decode("utf-8", "surrogateescape").split("\n"):
-        name, _, value = line.partition(":")
-        given.setdefault(name.strip().lower(), []).append(value.strip())
-    return lambda name: given.get(name.lower(), [])
+    parts = (line.partition(":") for line in data.decode("utf-8", "surrogateescape").split("\n"))
+    return Headers((name.strip(), value.strip()) for name, _, value in parts)
 
 
 def greeting(data: bytes) -> None:
     """A worker reads *data* as the headers of a host, and answers."""
-    found = Greeting.read(headers_of(data))
+    found = Greeting.read(headers_of(data).get_all, seals=True)
     assert found.limit >= SMALLEST_LIMIT and 0.0 <= found.window <= 3600.0
     for name, value in found.answer("0" * 32, LIMIT, {"async"}).items():
         assert f"{name}: {value}".isascii() and f"{name}: {value}".isprintable()
@@ -182,21 +192,23 @@ def greeting(data: bytes) -> None:
 
 _AUTHENTICATORS = (
     Authenticator({"secret": SECRET}),
+    Authenticator({"keys": [{"key": "a", "secret": SECRET}, {"key": "default", "secret": SECRET}]}),
     Authenticator({"type": "bearer", "token": SECRET}),
 )
 
 
 def credentials(data: bytes) -> None:
     """A worker reads *data* as the credentials of a stranger, who has none."""
-    get_all = headers_of(data)
+    given = headers_of(data)
     for authenticator in _AUTHENTICATORS:
         try:
-            authenticator.verify(get_all, "/wove")
+            authenticator.verify(given, "/wove")
         except PermissionError as exc:
             _modest(exc, 500)
         else:
             assert SECRET.encode() in data, "somebody without the secret got in"
-        assert not authenticator.knows_secret(get_all("Authorization")) or SECRET.encode() in _decoded(data)
+        known = authenticator.knows_secret(given.get_all("Authorization"))
+        assert not known or SECRET.encode() in _decoded(data)
 
 
 def _decoded(data: bytes) -> bytes:

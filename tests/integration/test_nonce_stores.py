@@ -599,6 +599,16 @@ def test_a_long_nonce_is_refused() -> None:
             assert status_of(service, headers) == status
 
 
+def test_f42_a_secret_with_two_names_is_one() -> None:
+    """Wove does not sign the key id: a handshake that is recorded under one is a replay under the other."""
+    names = [{"key": "old", "secret": SECRET}, {"key": "new", "secret": SECRET}]
+    with ServiceThread(security={"keys": names}) as service:
+        recorded = {**signed(Signer), "X-Wove-Key": "old"}
+        assert status_of(service, recorded) == 101
+        assert status_of(service, {**recorded, "X-Wove-Key": "new"}) == 401
+        assert status_of(service, {**signed(Signer), "X-Wove-Key": "new"}) == 101
+
+
 def test_too_many_handshakes_are_503() -> None:
     """And not a refusal after which a host would give up."""
     with ServiceThread(security=SECURITY, nonce_store=MemoryNonces(limit=2)) as service:

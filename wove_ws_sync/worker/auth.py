@@ -90,7 +90,7 @@ class Authenticator:
         if keys.verifier is not None:
             return Admission(keys.verifier.verify(headers.get_all))
         if keys.mode == "bearer":
-            given = _only(headers, "Authorization").encode("utf-8", "surrogateescape")
+            given = _octets(_only(headers, "Authorization"))
             if not hmac.compare_digest(given, b"Bearer " + keys.token):
                 raise PermissionError("Invalid Wove network executor bearer token.")
             return Admission("")
@@ -130,14 +130,14 @@ class Authenticator:
         if len(authorizations) != 1:
             return False
         scheme, _, given = authorizations[0].strip().partition(" ")
-        try:
-            if scheme.lower() == "bearer":
-                password = given.strip().encode("utf-8", "surrogateescape")
-            elif scheme.lower() == "basic":
+        if scheme.lower() == "bearer":
+            password = _octets(given.strip())
+        elif scheme.lower() == "basic":
+            try:
                 password = base64.b64decode(given.strip(), validate=True).partition(b":")[2]
-            else:
+            except ValueError:
                 return False
-        except ValueError:
+        else:
             return False
         known = [hmac.compare_digest(password, secret) for secret in self._keyring.keys().secrets]
         return any(known)
@@ -149,6 +149,14 @@ class Authenticator:
         name = hmac.digest(key.secret, b"nonces", "sha256").hex() if key.secret else key.id
         if not self._nonces.use(name, nonce, time.time(), expires):
             raise PermissionError("Replayed Wove network executor signature.")
+
+
+def _octets(text: str) -> bytes:
+    """Return the bytes that came as *text*; b"" for what no bytes come as."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return b""
 
 
 def _only(headers: Fields, name: str) -> str:
