@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 
-from fuzz_targets import ACCEPT, PICKLE, SECRET
+from fuzz_targets import ACCEPT, PICKLE, SECRET, without_shown
 from hypothesis import strategies as st
 from ws_peer import frame
 
@@ -182,8 +182,6 @@ security_like = st.dictionaries(
     max_size=4,
 )
 option_values = scalars | odd_objects | secretive | st.lists(secretive, max_size=2) | security_like
-#: Options whose value may be a secret; any other is shown in a refusal, so that one sees what is wrong.
-MAY_BE_SECRET = frozenset({"url", "security", "headers", "proxy"})
 configs = st.dictionaries(
     st.sampled_from(OPTION_NAMES) | st.text(max_size=5),
     option_values,
@@ -191,6 +189,6 @@ configs = st.dictionaries(
 ).map(
     lambda config: {
         **({"url": "ws://localhost/"} if len(config) % 2 else {}),
-        **{key: value for key, value in config.items() if key in MAY_BE_SECRET or SECRET not in repr(value)},
+        **without_shown(config),
     }
 )

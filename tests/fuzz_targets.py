@@ -220,6 +220,20 @@ def _decoded(data: bytes) -> bytes:
     return b"\n".join(words)
 
 
+#: Options whose value may be a secret; a text of any other is shown in a refusal, so that one sees it.
+MAY_BE_SECRET = frozenset({"url", "security", "headers", "proxy"})
+
+
+def without_shown(config: dict[str, Any]) -> dict[str, Any]:
+    """Return *config* without texts that have the secret where none belongs."""
+    return {
+        key: value
+        for key, value in config.items()
+        if SECRET not in key
+        and (key in MAY_BE_SECRET or isinstance(value, dict) or SECRET not in repr(value))
+    }
+
+
 def options_of(config: Any) -> None:
     """A host is configured with *config*; a refusal shows no secret of it."""
     for build in (LinkOptions.from_config, security.link_options):
@@ -241,7 +255,7 @@ def configuration(data: bytes) -> None:
         config = json.loads(data)
     except (ValueError, RecursionError):
         return
-    options_of(config)
+    options_of(without_shown(config) if isinstance(config, dict) else config)
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

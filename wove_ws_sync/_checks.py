@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 __all__ = [
@@ -32,12 +32,17 @@ __all__ = [
 
 _VARIABLE = re.compile(r"\w+(?:\.\w+)*:\w+(?:\.\w+)*")
 
+_NESTED = (Mapping, list, tuple, set, frozenset)
+
 # (label for the message, value, remedy) -> the value to keep.
 Check = Callable[[str, Any, str], Any]
 
 
 def show(value: object) -> str:
-    """Return a bounded ``repr`` that never raises."""
+    """Return a bounded ``repr`` that never raises, of what has no parts that may be secret."""
+    parts = value if isinstance(value, list | tuple | set | frozenset) else ()
+    if isinstance(value, Mapping) or any(isinstance(part, _NESTED) for part in parts):
+        return f"<{type(value).__name__}>"  # a whole configuration in the wrong place, say
     try:
         text = repr(value)
     except Exception:  # a value's own __repr__ may do anything, and ints have a digit limit

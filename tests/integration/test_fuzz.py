@@ -154,6 +154,13 @@ def test_configurations(config: dict[str, Any]) -> None:
     fuzz_targets.options_of(config)
 
 
+@pytest.mark.parametrize("value", [{"security": {"secret": SECRET}}, [{"secret": SECRET}], ([SECRET],)])
+@pytest.mark.parametrize("key", ["ping_interval", "ca_file", "insecure", "context_vars", "max_requeues"])
+def test_a_configuration_in_the_wrong_place(key: str, value: Any) -> None:
+    """What is nested where nothing belongs is not shown: it may be all of another configuration."""
+    fuzz_targets.options_of({"url": "ws://localhost", key: value})
+
+
 @fuzzed(50)
 @given(some.odd_objects | some.scalars | st.dictionaries(some.scalars, some.scalars, max_size=2))
 def test_what_is_no_configuration(config: Any) -> None:
