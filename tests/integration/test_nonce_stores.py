@@ -198,6 +198,28 @@ class TestFile:
         with ThreadPoolExecutor(4) as threads:
             assert sum(threads.map(race, range(4))) == 50
 
+    def test_two_stores_of_one_process(self, tmp_path: Path) -> None:
+        """Opening and closing one takes nothing from the other: POSIX locks are those of the process."""
+        first, second = FileNonces(tmp_path / "nonces"), FileNonces(tmp_path / "nonces")
+        first.open()
+        assert first._connection is not None
+        first._connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(NonceStoreError, match="locked"):
+            second.open()
+        code = """
+            import sqlite3, sys
+            try:
+                sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None).execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as exc:
+                print(exc)
+        """
+        assert python(code, str(tmp_path / "nonces"))[0] == "database is locked\n"
+        first._connection.execute("COMMIT")
+        second.open()
+        assert first.use("key", "nonce", NOW, NOW + 300) and not second.use("key", "nonce", NOW, NOW + 300)
+        first.close()
+        second.close()
+
     def test_only_its_user_can_read_it(self, tmp_path: Path) -> None:
         """Mode 0600, the files beside it included, whatever the umask; and nothing can be read out of it."""
         before = os.umask(0)
@@ -307,10 +329,9 @@ class TestFile:
         with pytest.raises(NonceStoreError, match="chmod it to 600"):
             FileNonces(path).open()
         (tmp_path / "link").symlink_to(path)
-        with pytest.raises(NonceStoreError, match="cannot be used"):
-            FileNonces(tmp_path / "link").open()
-        with pytest.raises(NonceStoreError, match="cannot be used"):
-            FileNonces(tmp_path).open()
+        for other in (tmp_path / "link", tmp_path):
+            with pytest.raises(NonceStoreError, match="no regular file"):
+                FileNonces(other).open()
         os.mkfifo(tmp_path / "fifo", 0o600)
         with pytest.raises(NonceStoreError, match="no regular file"):
             FileNonces(tmp_path / "fifo").open()

@@ -11,6 +11,7 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Iterator
 
 from .nonces import NonceStoreError, mark_of
@@ -26,16 +27,14 @@ _MAX_BYTES = 64 * 1024 * 1024
 #: How many expired nonces a check forgets at most. More than it adds.
 _SWEEP = 64
 
-_SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS nonces (mark BLOB PRIMARY KEY, expires REAL NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS nonces_by_expires ON nonces (expires);
-CREATE TABLE IF NOT EXISTS forgotten (one INTEGER PRIMARY KEY CHECK (one = 1), expires REAL NOT NULL);
-INSERT OR IGNORE INTO forgotten VALUES (1, 0.0);
-PRAGMA application_id = {_APPLICATION};
-PRAGMA user_version = {_FORMAT};
-COMMIT;
-"""
+_SCHEMA = (
+    "CREATE TABLE nonces (mark BLOB PRIMARY KEY, expires REAL NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX nonces_by_expires ON nonces (expires)",
+    "CREATE TABLE forgotten (one INTEGER PRIMARY KEY CHECK (one = 1), expires REAL NOT NULL)",
+    "INSERT INTO forgotten VALUES (1, 0.0)",
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {_FORMAT}",
+)
 _EXPIRED = "SELECT mark, expires FROM nonces WHERE expires < ? ORDER BY expires LIMIT ?"
 
 
@@ -66,15 +65,14 @@ class FileNonces:
                 self._path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
             undo.callback(connection.close)
-            [application] = connection.execute("PRAGMA application_id").fetchone()
-            [version] = connection.execute("PRAGMA user_version").fetchone()
-            [objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if (application, version) != (_APPLICATION, _FORMAT) and (application or version or objects):
-                raise NonceStoreError(f"The nonce file {self._path!r} is of another program or version.")
-            connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # what is accepted survives a power cut
             connection.execute(f"PRAGMA max_page_count = {self._max_pages}")
-            connection.executescript(_SCHEMA)
+            connection.execute("BEGIN IMMEDIATE")  # siblings may begin at the same moment
+            if self._is_new(connection):
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+            connection.execute("COMMIT")
+            _write_ahead(connection)
             [verdict] = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise NonceStoreError(f"The nonce file {self._path!r} is damaged; move it away.")
@@ -83,12 +81,10 @@ class FileNonces:
 
     def _prepare(self) -> tuple[int, int]:
         """Make the file if it is not there; return which one it is. Nobody else may write to it."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(self._path, flags, 0o600)
-        try:
-            found = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
+        # One that is there must not be opened here: closing it would end the locks of another connection.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        found = os.lstat(self._path)
         if not stat.S_ISREG(found.st_mode):
             raise NonceStoreError(f"The nonce file {self._path!r} is no regular file.")
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
@@ -97,6 +93,17 @@ class FileNonces:
                 "chown it to that user and chmod it to 600."
             )
         return found.st_dev, found.st_ino
+
+    def _is_new(self, connection: sqlite3.Connection) -> bool:
+        """Tell whether the file is empty. Raises NonceStoreError if it is not ours."""
+        [application] = connection.execute("PRAGMA application_id").fetchone()
+        [version] = connection.execute("PRAGMA user_version").fetchone()
+        [objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if (application, version) == (_APPLICATION, _FORMAT):
+            return False
+        if application or version or objects:
+            raise NonceStoreError(f"The nonce file {self._path!r} is of another program or version.")
+        return True
 
     def use(self, key: str, nonce: str, now: float, expires: float) -> bool:
         """Remember *nonce*; return False if any process knew it. Raises NonceStoreError."""
@@ -138,6 +145,20 @@ class FileNonces:
             raise NonceStoreError(f"The nonce file {self._path!r} cannot be used: {reason}.") from None
         finally:
             self._lock.release()
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Have readers and writers not wait for each other; SQLite does not wait for the lock that this takes."""
+    ends_at, pause = time.monotonic() + _BUSY_TIMEOUT, threading.Event()
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() >= ends_at:
+                raise
+            pause.wait(0.02)
+        else:
+            return
 
 
 def _use(cursor: sqlite3.Cursor, mark: bytes, now: float, expires: float) -> bool:
