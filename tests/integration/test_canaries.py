@@ -142,7 +142,7 @@ def our_objects() -> list[Any]:
     return [
         item
         for item in gc.get_objects()
-        if (type(item).__module__ or "").partition(".")[0] == "wove_ws_sync" or isinstance(item, kinds)
+        if str(type(item).__module__).partition(".")[0] == "wove_ws_sync" or isinstance(item, kinds)
     ]
 
 
