@@ -151,6 +151,8 @@ def test_all_is_well(worker: LoopbackWorker, check: Check) -> None:
     steps = done.steps
     assert steps["name"]["facts"]["addresses"] == ["127.0.0.1"]
     assert steps["extensions"]["facts"]["features"] == ["ack", "drain", "json", "progress", "resume", "seal"]
+    assert steps["extensions"]["facts"]["other_headers"] == []
+    assert steps["handshake"]["facts"]["worker_proved"] is True
     assert steps["extensions"]["facts"]["max_message_bytes"] == 256 * 1024 * 1024
     assert len(steps["extensions"]["facts"]["worker"]) == 32
     assert steps["extensions"]["facts"]["cancels"] == ["coroutines", "queued"]

@@ -128,6 +128,9 @@ class Dial:
             facts = {"http_status": 101, "security": self.options.security.mode}
             sent = self.options.security.mode
             detail = "HTTP 101, " + ("no security sent" if sent == "none" else f"{sent} handshake accepted")
+            facts["worker_proved"] = "x-wove-server-signature" in self.answer  # a wrong one is an error
+            if facts["worker_proved"]:
+                detail += "; the worker service proved that it has the key"
         return Step(name=name, status="ok", detail=detail, seconds=seconds, facts=facts)
 
     def _target(self) -> tuple[str, int]:

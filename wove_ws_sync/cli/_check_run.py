@@ -38,7 +38,14 @@ __all__ = ["Offset", "clock", "extensions", "from_date", "goodbye", "round_trips
 _PINGS = 5
 # A result that is not there this long after its deadline will not come.
 _GRACE = 5.0
-_OURS = ("x-wove-sync", "x-wove-max-message", "x-wove-worker", "x-wove-cancels")
+_OURS = (
+    "x-wove-sync",
+    "x-wove-max-message",
+    "x-wove-worker",
+    "x-wove-cancels",
+    "x-wove-server-nonce",
+    "x-wove-server-signature",
+)
 _CANCELS = frozenset({"queued", "coroutines", "calls"})
 _BY_NAME = "it takes no pickles, only calls by name (result_format='json'), and has answered the run so"
 _LOST_CODES = {

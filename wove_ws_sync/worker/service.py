@@ -211,7 +211,7 @@ class WorkerService:
         _logger.info("Listening on %s with %s%s.", self.url, how_many, self._engine.name)
         if self._registry is not None:
             modules = ", ".join(self._registry.modules)
-            _logger.info("Only the %d tasks of %s are called, by name.", self._registry.count, modules)
+            _logger.info("Only what %s lists is called, by name: %d in all.", modules, self._registry.count)
         _logger.info("Its status page is %s.", f"http{self.url[2:].removesuffix(self._path)}/")
 
     async def _listen(self) -> Server:
