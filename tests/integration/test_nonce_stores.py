@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import pickle
-import secrets
 import signal
 import sqlite3
 import sys
@@ -32,7 +31,7 @@ from wove_ws_sync.worker.nonce_file import FileNonces
 from wove_ws_sync.worker.nonce_redis import RedisNonces
 from wove_ws_sync.worker.nonces import MAX_NONCE, MemoryNonces, NonceStore, NonceStoreError, make_nonce_store
 
-SECRET = secrets.token_urlsafe(32)
+SECRET = "a-secret-of-this-test-0123456789abcdef"
 SECURITY = {"type": "signed", "secret": SECRET}
 NOW = 1_000_000.0
 
@@ -639,11 +638,10 @@ def test_too_many_handshakes_are_503() -> None:
 # The command
 
 
-@pytest.mark.parametrize(
-    "store", ["file:/nowhere/nonces", "redis:env:UNSET_URL", f"redis://127.0.0.1:{free_port()}/0"]
-)
+@pytest.mark.parametrize("store", ["file:/nowhere/nonces", "redis:env:UNSET_URL", "redis://127.0.0.1:PORT/0"])
 def test_a_store_that_cannot_be_used_ends_the_start(store: str) -> None:
     """With an exit code of its own, and a line that says what is wrong."""
+    store = store.replace("PORT", str(free_port()))
     code = "from wove_ws_sync.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
     arguments = ["worker", "--port", "0", "--security", "env:SHARED", "--nonce-store", store]
     out, err, status = python(code, *arguments, env={"SHARED": SECRET})

@@ -109,6 +109,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.connection",
                 "worker.dispatcher",
                 "worker.doorkeeper",
+                "worker.entrance",
                 "worker.messenger",
                 "worker.pages",
                 "worker.service",

@@ -9,35 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
 import secrets
 import socket
 import ssl
-import weakref
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from .. import payloads
-from .._seal import SealKeys, sealed_size
-from ..frames import InvalidMessage
+from .._seal import sealed_size
 from ..security import is_local_host
 from . import logs
 from .access import ReaderRule
-from .auth import MIN_SECRET_BYTES, Admission, Authenticator, check_listening, is_foreign_page
-from .channel import Channel
+from .auth import MIN_SECRET_BYTES, Authenticator, check_listening
 from .connection import CLOSE_TIMEOUT, DEFAULT_MAX_IN_FLIGHT, HostConnection
 from .dispatcher import Dispatcher
 from .doorkeeper import Doorkeeper
 from .engines import Engine, make_engine
-from .greeting import SMALLEST_LIMIT, Greeting
+from .entrance import Entrance, about, peer_of
+from .greeting import SMALLEST_LIMIT
 from .nonces import NonceStore, make_nonce_store
 from .pages import Pages
 from .registry import Registry
@@ -58,17 +54,6 @@ _PING_INTERVAL = 20.0
 #: More than the minute for which a host may be suspended without losing its connection.
 _PING_TIMEOUT = 75.0
 _READ_BYTES = 64 * 1024
-#: How long a host may take to show that it has the keys of its connection, in seconds.
-_CONFIRM_TIMEOUT = 10.0
-
-
-@dataclasses.dataclass
-class _Admitted:
-    """A host between its handshake and its service."""
-
-    admission: Admission
-    greeting: Greeting
-    keys: SealKeys | None = None
 
 
 class WorkerService:
@@ -147,19 +132,26 @@ class WorkerService:
         self._dedupe_window = dedupe_window
         self._max_in_flight = max_in_flight
         self._insecure = insecure
-        self._require_seal = require_seal
         self._registry = Registry(registry) if registry else None
-        # By weak reference: a host may be gone before its handshake is done.
-        self._admitted: weakref.WeakKeyDictionary[ServerConnection, _Admitted] = weakref.WeakKeyDictionary()
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
         self._dispatcher: Dispatcher | None = None
         self._pages: Pages | None = None
         self._ended = asyncio.Event()
         self._is_draining = False
-        self._id = ""
         self.counters: Counter[str] = Counter()
         self._doorkeeper = Doorkeeper(self._auth, nonces, self.counters)
+        self._entrance = Entrance(
+            self._auth,
+            self._doorkeeper,
+            self.counters,
+            path=path,
+            worker_id=secrets.token_hex(16),
+            max_message_bytes=max_message_bytes,
+            cancels=self._engine.cancels,
+            insecure=insecure,
+            require_seal=require_seal,
+        )
 
     def __repr__(self) -> str:
         state = "stopped" if self._server is None else "draining" if self._is_draining else "serving"
@@ -196,7 +188,6 @@ class WorkerService:
             dedupe_window=self._dedupe_window,
             registry=self._registry,
         )
-        self._id = secrets.token_hex(16)
         try:
             await self._doorkeeper.open()
             self._engine.start()
@@ -219,8 +210,8 @@ class WorkerService:
             self._serve_host,
             self._host or None,
             self._port,
-            process_request=self._admit,
-            process_response=self._greet,
+            process_request=self._answer,
+            process_response=self._entrance.greet,
             server_header=None,
             compression=None,
             max_size=sealed_size(self._max_message_bytes),
@@ -318,98 +309,31 @@ class WorkerService:
         _logger.info("Stopped.")
         return clean
 
-    def _admit(
+    def _answer(
         self, connection: ServerConnection, request: Request
     ) -> Response | Awaitable[Response | None] | None:
-        """Refuse who may not connect, before a byte of any frame is looked at; answer plain HTTP."""
+        """Answer plain HTTP, and whoever may not connect, before a byte of any frame is looked at."""
         if self._pages is not None and self._pages.serves(request):
             return self._pages.answer(connection, request)
-        peer = _peer(connection)
-        if request.path.partition("?")[0] != self._path:
-            self.counters["wrong_path"] += 1
-            _logger.info(
-                "Refused %s with 404: it asked for another path.", peer, extra=_about("refuse", peer)
-            )
-            return connection.respond(404, "404 Not Found\n")
-        unprotected = self._auth.mode == "none" and not self._insecure
-        if unprotected and is_foreign_page(request.headers.get_all("Origin")):
-            self.counters["foreign_page"] += 1
-            why = "a web page must not run code here"
-            _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
-            return connection.respond(403, "403 Forbidden\n")
-        return self._doorkeeper.admit(connection, request, self._welcome)
-
-    def _welcome(
-        self, connection: ServerConnection, request: Request, admission: Admission
-    ) -> Response | None:
-        """Note who was admitted; return the refusal of one that does not seal where that is required."""
-        greeting = _greeting(admission, request)
-        if (self._require_seal or self._auth.mode == "ed25519") and "seal" not in greeting.features:
-            self.counters["not_sealed"] += 1
-            peer, why = _peer(connection), "its messages would not be sealed"
-            _logger.warning("Refused %s with 403: %s.", peer, why, extra=_about("refuse", peer))
-            return connection.respond(403, "403 Forbidden\n")
-        self._admitted[connection] = _Admitted(admission, greeting)
-        return None
-
-    def _greet(self, connection: ServerConnection, request: Request, response: Response) -> None:
-        """Answer a host of this package in its own words; a foreign one never sees our headers."""
-        if response.status_code != 101:
-            return
-        admitted = self._admitted[connection]
-        proof = admitted.admission.proof
-        headers = admitted.greeting.answer(self._id, self._max_message_bytes, self._engine.cancels)
-        if headers and proof is not None:
-            headers, keys = proof.answer(headers)
-            admitted.keys = keys if "seal" in admitted.greeting.features else None
-        response.headers.update(headers)
+        return self._entrance.admit(connection, request)
 
     async def _serve_host(self, connection: ServerConnection) -> None:
         assert self._dispatcher is not None
         _set_user_timeout(connection)
         # asyncio makes a buffer of this size for each read, and 256 KiB cost a system call or two more.
         connection.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
-        admitted = self._admitted.pop(connection)
-        channel = Channel(connection, self._max_message_bytes, admitted.keys)
-        peer = _peer(connection)
-        if not await self._confirmed(connection, channel, peer):
+        guest = await self._entrance.guest(connection)
+        if guest is None:
             return
         host = HostConnection(
-            connection, channel, admitted.greeting, self.counters, max_in_flight=self._max_in_flight
+            connection, guest.channel, guest.greeting, self.counters, max_in_flight=self._max_in_flight
         )
         self.counters["connections"] += 1
-        _logger.info("Host %s connected.", peer, extra=_about("connect", peer))
-        await self._dispatcher.serve(host, admitted.admission.key_id)
+        peer = peer_of(connection)
+        _logger.info("Host %s connected.", peer, extra=about("connect", peer))
+        await self._dispatcher.serve(host, guest.key_id)
         code = connection.close_code
-        _logger.info("Host %s is gone (close code %s).", peer, code, extra=_about("lose", peer))
-
-    async def _confirmed(self, connection: ServerConnection, channel: Channel, peer: str) -> bool:
-        """Tell whether the host has its keys: until then it is no host, and takes nobody's place."""
-        try:
-            await asyncio.wait_for(channel.confirm(), _CONFIRM_TIMEOUT)
-        except ConnectionClosed:
-            return False
-        except (InvalidMessage, TimeoutError) as exc:
-            self.counters["unconfirmed"] += 1
-            why = str(exc) or "it sent nothing"
-            _logger.warning("Refused %s with 1008: %s.", peer, why, extra=_about("refuse", peer))
-            await connection.close(1008, why[:120])
-            return False
-        return True
-
-
-def _greeting(admission: Admission, request: Request) -> Greeting:
-    return Greeting.read(request.headers.get_all, seals=admission.proof is not None)
-
-
-def _about(action: str, peer: str) -> dict[str, str]:
-    """Return what a log record says apart from its text."""
-    return {"action": action, "peer": peer}
-
-
-def _peer(connection: ServerConnection) -> str:
-    address = connection.remote_address
-    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a closed connection"
+        _logger.info("Host %s is gone (close code %s).", peer, code, extra=about("lose", peer))
 
 
 def _set_user_timeout(connection: ServerConnection) -> None:
