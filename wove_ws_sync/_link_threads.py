@@ -19,7 +19,7 @@ from ._link_core import OVER, LinkState, running
 from ._link_ends import LinkEnds
 from ._tell import host_log, note
 from .connection import Connection
-from .errors import AuthenticationRejected, ExecutorClosed
+from .errors import ExecutorClosed, HandshakeRejected
 from .runs import Effect
 from .timing import Deadline
 from .transport import Transport, TransportClosed
@@ -34,6 +34,10 @@ _LOOK_AGAIN = 0.005
 _LOOKS = 20
 # A worker that is asked what became of earlier runs has so many seconds to answer.
 _RESUME_PATIENCE = 5.0
+_SEALED_BEFORE = (
+    "This link was sealed before and does not go on without, as an attacker might want that. If the worker "
+    "service was replaced by one that does not seal, restart this process or set executor_config.seal='off'."
+)
 
 
 # The kinds of running tasks that a worker may say it can stop.
@@ -118,9 +122,11 @@ class LinkThreads(LinkEnds):
             options = dataclasses.replace(options, seal="require")
         try:
             return self._dial(options, headers | self._introduction(), clock=self._clock)
-        except AuthenticationRejected as exc:
+        except HandshakeRejected as exc:
             if exc.status == 401:
                 security.token_refused(self.options, headers)
+            if self._sealed and self.options.seal != "require" and exc.status in (101, 401):
+                raise type(exc)(f"{exc} {_SEALED_BEFORE}", status=exc.status) from None
             raise
 
     def _introduction(self) -> dict[str, str]:

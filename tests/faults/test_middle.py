@@ -217,6 +217,7 @@ def test_f42_a_stripped_request_is_noticed_by_default(middle: Middle, tmp_path: 
         with pytest.raises(ConnectionLost) as caught:
             pool.submit(ledger.record, str(tmp_path), "b", 2).result(WAIT)
         assert isinstance(caught.value.__cause__, HandshakeRejected)
+        assert "restart this process or set executor_config.seal='off'" in str(caught.value.__cause__)
     assert ledger.executions(tmp_path) == {"a": 1}
 
 

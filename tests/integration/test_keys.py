@@ -463,7 +463,7 @@ def test_pairs_always_seal(pairs: list[Pair]) -> None:
         ({"privat_key_file": "x"}, "Did you mean 'private_key_file'"),
         ({"private_key_file": None}, "private_key_file must be"),
         ({"hosts": {}}, "hosts must be a dictionary"),
-        ({"clock_skew_seconds": float("nan")}, "clock_skew_seconds must be a number above 0"),
+        ({"clock_skew_seconds": float("nan")}, "clock_skew_seconds must be a number of seconds above 0"),
     ],
 )
 def test_a_worker_with_wrong_pairs_does_not_start(

@@ -335,6 +335,17 @@ class TestFile:
         with pytest.raises(NonceStoreError, match="no regular file"):
             FileNonces(tmp_path / "fifo").open()
 
+    @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+    def test_a_directory_that_others_may_write_to_is_refused(self, tmp_path: Path, mode: int) -> None:
+        """Who can put a file beside it can have a handshake forgotten as well."""
+        folder = tmp_path / "shared"
+        folder.mkdir()
+        folder.chmod(mode)
+        with pytest.raises(NonceStoreError, match="must not be writable for others"):
+            FileNonces(folder / "nonces").open()
+        folder.chmod(0o700)
+        FileNonces(folder / "nonces").open()
+
     def test_a_directory_that_cannot_be_written_is_told(self, tmp_path: Path) -> None:
         """With the reason of the system; as another user where the tests run as root."""
         code = """

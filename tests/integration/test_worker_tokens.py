@@ -102,7 +102,7 @@ def b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def made_up(header: Any, payload: Any, sign: Callable[[bytes], bytes] = lambda data: b"") -> str:
+def made_up(header: Any, payload: Any, sign: Callable[[bytes], bytes] = lambda data: b"not one") -> str:
     """Return a token that no library would make."""
     parts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, payload)]
     signed = ".".join(map(b64, parts))
@@ -212,30 +212,44 @@ DER = RSA["one"].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPub
 SHARED = b"shared-secret-shared-secret-shared"
 
 FORGERIES = {
-    "none": made_up({"alg": "none", "kid": "one"}, claims()),
-    "None": made_up({"alg": "None", "kid": "one"}, claims()),
-    "no alg": made_up({"kid": "one"}, claims()),
-    "alg of another type": made_up({"alg": ["RS256"], "kid": "one"}, claims()),
-    "signed with the public key": made_up({"alg": "HS256", "kid": "one"}, claims(), hmac_by(PEM)),
-    "with its DER": made_up({"alg": "HS256", "kid": "one"}, claims(), hmac_by(DER)),
-    "with the key that is shared": made_up({"alg": "HS256", "kid": "shared"}, claims(), hmac_by(SHARED)),
-    "RS256 by HMAC": made_up({"alg": "RS256", "kid": "one"}, claims(), hmac_by(PEM)),
-    "no signature": made_up({"alg": "RS256", "kid": "one"}, claims()),
-    "a key of its own": made_up({"alg": "RS256", "jwk": jwk(RSA["two"], "two")}, claims()),
-    "kid of another type": made_up({"alg": "RS256", "kid": 7}, claims()),
-    "kid like a path": made_up({"alg": "RS256", "kid": "../../dev/null"}, claims()),
-    "no header": made_up(b"nothing", claims()),
-    "a header that is a list": made_up([], claims()),
-    "deep": made_up(b"[" * 3000, claims()),
-    "a payload that is none": made_up({"alg": "RS256", "kid": "one"}, b"\xff"),
-    "empty parts": "..",
+    "none": (made_up({"alg": "none", "kid": "one"}, claims()), "algorithm"),
+    "None": (made_up({"alg": "None", "kid": "one"}, claims()), "algorithm"),
+    "no alg": (made_up({"kid": "one"}, claims()), "algorithm"),
+    "alg of another type": (made_up({"alg": ["RS256"], "kid": "one"}, claims()), "algorithm"),
+    "signed with the public key": (
+        made_up({"alg": "HS256", "kid": "one"}, claims(), hmac_by(PEM)),
+        "algorithm",
+    ),
+    "with its DER": (made_up({"alg": "HS256", "kid": "one"}, claims(), hmac_by(DER)), "algorithm"),
+    "with the key that is shared": (
+        made_up({"alg": "HS256", "kid": "shared"}, claims(), hmac_by(SHARED)),
+        "algorithm",
+    ),
+    "RS256 by HMAC": (made_up({"alg": "RS256", "kid": "one"}, claims(), hmac_by(PEM)), "signature is wrong"),
+    "no signature": (
+        made_up({"alg": "RS256", "kid": "one"}, claims(), lambda data: b""),
+        "not a JSON Web Token",
+    ),
+    "another signature": (made_up({"alg": "RS256", "kid": "one"}, claims()), "signature is wrong"),
+    "alg that is an object": (made_up({"alg": {"RS256": 1}, "kid": "one"}, claims()), "algorithm"),
+    "a key of its own": (
+        made_up({"alg": "RS256", "jwk": jwk(RSA["two"], "two")}, claims()),
+        "signature is wrong",
+    ),
+    "kid of another type": (made_up({"alg": "RS256", "kid": 7}, claims()), "token"),
+    "kid like a path": (made_up({"alg": "RS256", "kid": "../../dev/null"}, claims()), "names no key"),
+    "no header": (made_up(b"nothing", claims()), "malformed"),
+    "a header that is a list": (made_up([], claims()), "malformed"),
+    "deep": (made_up(b"[" * 3000, claims()), "malformed"),
+    "a payload that is none": (made_up({"alg": "RS256", "kid": "one"}, b"\xff"), "signature is wrong"),
+    "empty parts": ("..", "not a JSON Web Token"),
 }
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in FORGERIES.items()])
-def test_forgeries(file: Path, text: str) -> None:
-    """Whatever it is: a PermissionError and nothing else."""
-    refusal(TokenVerifier(config(file)), text)
+@pytest.mark.parametrize(("text", "words"), FORGERIES.values(), ids=FORGERIES)
+def test_forgeries(file: Path, text: str, words: str) -> None:
+    """Whatever it is: a PermissionError and nothing else, each for its reason."""
+    assert words in refusal(TokenVerifier(config(file)), text)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +585,7 @@ def test_one_answer_for_all_that_is_wrong(file: Path, caplog: pytest.LogCaptureF
         token(kid="gone"),
         token(sub=...),
         "a.b.c",
-        *[text for name, text in FORGERIES.items() if name != "deep"],
+        *[text for name, (text, _) in FORGERIES.items() if name != "deep"],
     ]
     with caplog.at_level(logging.DEBUG), serving(file) as service:
         answers = {refused(service, {"Authorization": f"Bearer {text}"}) for text in bad}
@@ -641,11 +655,12 @@ def _outcome(service: ServiceThread, text: str) -> int:
 
 
 def test_a_service_starts_without_its_publisher() -> None:
-    """Hosts are refused until there are keys; the service lives."""
+    """Hosts are told to try again until there are keys: it is not their fault; the service lives."""
     with Publisher() as gone:
         pass
     with serving(gone.url) as service:
-        assert refused(service, {"Authorization": f"Bearer {token()}"})[0] == 401
+        assert refused(service, {"Authorization": f"Bearer {token()}"})[0] == 503
+        assert refused(service, {"Authorization": "Bearer a.b.c"})[0] == 401
         assert fetch(service.port, "/healthz").status == 200
 
 

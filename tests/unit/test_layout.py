@@ -67,6 +67,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.nonce_file",
                 "worker.nonce_redis",
                 "worker.nonces",
+                "worker.not_ready",
                 "worker.outbox",
                 "worker.pacing",
                 "worker.parked",

@@ -324,6 +324,24 @@ def test_only_what_is_listed_is_taken() -> None:
     assert registry.count == 12 and "named_tasks" in repr(registry)
 
 
+def test_tasks_that_know_themselves_by_one_name_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decorator may leave its own name on each, or the name of the function that it wraps."""
+
+    def logged(function: Any) -> Any:
+        def wrapper(*args: Any) -> Any:
+            return function(*args)
+
+        return wrapper
+
+    tasks = {"one": logged(abs), "two": logged(len), "cached": functools.lru_cache(named_tasks.add)}
+    names = ["one", "two", "cached", "add"]
+    odd = module(monkeypatch, "odd", __all__=names, add=named_tasks.add, **tasks)
+    registry = Registry([odd])
+    assert [admitted(registry, name) for name in names] == [f"odd:{name}" for name in names]
+    assert admitted(registry, "named_tasks:add") == "UnknownTask"  # which of the two is not to be guessed
+    assert registry.count == 4
+
+
 def test_a_task_is_known_by_the_module_that_lists_it_and_by_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host sends the latter; the path is of the former, as the other may not be meant to be used."""
     front = module(monkeypatch, "front", __all__=["plus"], plus=named_tasks.add)

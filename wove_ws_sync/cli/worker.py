@@ -209,7 +209,7 @@ def _run_service(settled: Settled) -> int:
     try:
         Keyring(options.security)
     except RuntimeError as exc:
-        return _fail(settled.blame(f"the secret of --security is missing: {exc}"), _NO_SECRET)
+        return _fail(settled.blame(f"--security cannot be used: {exc}"), _NO_SECRET)
     except (ValueError, TypeError) as exc:
         return _fail(settled.blame(f"--security: {exc}"), _USAGE)
     try:

@@ -81,8 +81,9 @@ class Authenticator:
     def verify(self, headers: Fields, target: str) -> Admission:
         """Accept the handshake for *target* or raise PermissionError, whatever the headers hold.
 
-        The error says why; it is for the worker's log, never for the peer. Raises NonceStoreError
-        if it cannot be told whether this is a replay; waits for the nonce store if that ``blocks``.
+        The error says why; it is for the worker's log, never for the peer. Raises NotReady if it cannot
+        be told whether this is a replay, or by which keys a token is signed; waits for the nonce store
+        if that ``blocks``.
         """
         keys = self._keyring.keys()
         if keys.mode == "none":

@@ -20,6 +20,7 @@ from websockets.http11 import Request, Response
 
 from .auth import Admission, Authenticator
 from .nonces import NonceStore, NonceStoreError
+from .not_ready import NotReady
 
 __all__ = ["Doorkeeper"]
 
@@ -27,7 +28,7 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 
 #: Threads for a store that blocks, and how many handshakes may wait for one of them.
 _THREADS, _MAX_WAITING = 4, 256
-#: A store that fails is told this often, in seconds.
+#: A store, or keys of tokens, that fail are told this often, in seconds.
 _PAUSE = 10.0
 #: How long the keys of tokens are waited for, in seconds.
 _KEYS_TIMEOUT = 6.0
@@ -77,7 +78,7 @@ class Doorkeeper:
             return self._admit_later(connection, request, welcome, keys)
         try:
             admission = self._auth.verify(request.headers, request.path)
-        except (PermissionError, NonceStoreError) as exc:
+        except (PermissionError, NotReady) as exc:
             return self._refuse(connection, exc)
         return welcome(connection, request, admission)
 
@@ -90,7 +91,7 @@ class Doorkeeper:
                 with contextlib.suppress(TimeoutError):  # those at hand may do
                     await asyncio.wait_for(asyncio.wrap_future(keys), _KEYS_TIMEOUT)
             admission = await self._verify(request)
-        except (PermissionError, NonceStoreError) as exc:
+        except (PermissionError, NotReady) as exc:
             return self._refuse(connection, exc)
         finally:
             self._waiting -= 1
@@ -104,11 +105,11 @@ class Doorkeeper:
         verify, loop = self._auth.verify, asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, verify, request.headers, request.path)
 
-    def _refuse(self, connection: ServerConnection, exc: PermissionError | NonceStoreError) -> Response:
+    def _refuse(self, connection: ServerConnection, exc: PermissionError | NotReady) -> Response:
         address = connection.remote_address
         peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a closed connection"
-        if isinstance(exc, NonceStoreError):
-            self._counters["nonce_store"] += 1
+        if isinstance(exc, NotReady):
+            self._counters["nonce_store" if isinstance(exc, NonceStoreError) else "not_ready"] += 1
             self._tell(peer, exc)
             # Not the host's fault: after a 401 it would give up.
             response = connection.respond(503, "503 Service Unavailable\n")
@@ -119,7 +120,7 @@ class Doorkeeper:
         _logger.warning("Refused %s with 401: %s", peer, exc, extra=extra)
         return connection.respond(401, "401 Unauthorized\n")
 
-    def _tell(self, peer: str, exc: NonceStoreError) -> None:
+    def _tell(self, peer: str, exc: NotReady) -> None:
         now = time.monotonic()
         if now - self._told_at < _PAUSE:
             self._untold += 1

@@ -182,7 +182,7 @@ class KeySource:
         except Exception as exc:
             why = str(exc) if type(exc) is ValueError else getattr(exc, "strerror", None)
             said = why or type(exc).__name__
-            _logger.warning("The keys of the tokens cannot be read again: %s.", said)
+            _logger.warning("The keys of the tokens cannot be read: %s.", said)
         self._settle(future, found)
 
     def _settle(self, future: concurrent.futures.Future[None], found: KeySet | None) -> None:

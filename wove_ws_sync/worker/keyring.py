@@ -17,7 +17,7 @@ from typing import Any
 
 import wove
 
-from .._checks import show, unknown
+from .._checks import flag, seconds, show, unknown
 from .._keys import Key, KeyPair, SharedKey, private_key, public_key, read_secret
 from .tokens import TokenVerifier
 
@@ -27,6 +27,9 @@ _logger = logging.getLogger("wove_ws_sync.worker")
 
 _LABEL = "security"
 _SECRETS = ("secret", "secret_env", "secret_file")
+_TYPES = ("signed", "bearer", "none", "ed25519", "jwt")
+#: What this package adds to a signed value.
+_OURS = frozenset({"keys", "secret_file"})
 _OPTIONS = ("clock_skew_seconds", "remember_nonces")
 #: Files are looked at no more often than this, in seconds: a flood of handshakes must not cost more.
 _LOOK_EVERY = 1.0
@@ -49,6 +52,10 @@ class Keys:
         self.files: list[str] = []
         if isinstance(config, str) and config.startswith("file:"):
             config = self._from_file(config[5:])
+            if config.get("type", "signed") in ("signed", "bearer") and not _OURS.intersection(config):
+                _check_names(config, {"type", "key", "secret", "secret_env", "token", "token_env", *_OPTIONS})
+        if isinstance(config, Mapping) and config.get("type", "signed") not in _TYPES:
+            raise ValueError(f"{_LABEL}.type must be one of: {', '.join(map(repr, _TYPES))}.")
         if isinstance(config, Mapping) and config.get("type") == "ed25519":
             self.mode = "ed25519"
             _check_names(config, {"type", "hosts", "private_key_file", *_OPTIONS})
@@ -56,7 +63,7 @@ class Keys:
             self._take_key_pairs(config)
         elif isinstance(config, Mapping) and config.get("type") == "jwt":
             self.mode, self.verifier = "jwt", TokenVerifier(config)
-        elif isinstance(config, Mapping) and ("keys" in config or "secret_file" in config):
+        elif isinstance(config, Mapping) and _OURS.intersection(config):
             self.mode = "signed"
             _check_names(config, {"type", "key", "keys", *_SECRETS, *_OPTIONS})
             self._take_options(config)
@@ -108,8 +115,10 @@ class Keys:
     def _take_options(self, config: Mapping[str, Any]) -> None:
         if config.get("type", "signed") != self.mode:
             raise ValueError(f"{_LABEL}.type must be 'signed' with keys and secret_file.")
-        self.skew = float(config.get("clock_skew_seconds", 300.0))
-        self.remembers = bool(config.get("remember_nonces", True))
+        remedy = "leave the key out for the default"
+        skew, remembers = config.get("clock_skew_seconds", 300.0), config.get("remember_nonces", True)
+        self.skew = seconds()(f"{_LABEL}.clock_skew_seconds", skew, remedy)
+        self.remembers = flag(f"{_LABEL}.remember_nonces", remembers, remedy)
 
     def _take_secrets(self, config: Mapping[str, Any]) -> None:
         entries = config.get("keys", [config])

@@ -84,6 +84,12 @@ class FileNonces:
         # One that is there must not be opened here: closing it would end the locks of another connection.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        folder = os.path.dirname(os.path.abspath(self._path))
+        if stat.S_IMODE(os.stat(folder).st_mode) & 0o022:  # what SQLite puts beside the file is believed, too
+            raise NonceStoreError(
+                f"The directory {folder!r} of the nonce file must not be writable for others: "
+                "use one of the service's own, or chmod it to 700."
+            )
         found = os.lstat(self._path)
         if not stat.S_ISREG(found.st_mode):
             raise NonceStoreError(f"The nonce file {self._path!r} is no regular file.")
@@ -172,5 +178,9 @@ def _use(cursor: sqlite3.Cursor, mark: bytes, now: float, expires: float) -> boo
         return False
     [forgotten] = cursor.execute("SELECT expires FROM forgotten").fetchone()
     if expires <= forgotten:
-        raise NonceStoreError("The clock went back: a replay could not be told from a new handshake.")
+        raise NonceStoreError(
+            "The clock went back: a replay could not be told from a new handshake until it is where it was. "
+            "If it was wrong then, stop the services that use the nonce file and move it away; handshakes of "
+            "the last minutes could be replayed once after that."
+        )
     return True

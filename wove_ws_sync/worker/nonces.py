@@ -22,6 +22,8 @@ import threading
 import urllib.parse
 from typing import Protocol
 
+from .not_ready import NotReady
+
 __all__ = [
     "MAX_NONCE",
     "MemoryNonces",
@@ -41,15 +43,8 @@ _SWEEP = 64
 _HINT = "it must be memory, file:PATH, redis://HOST:PORT/DB or redis:env:VARIABLE"
 
 
-class NonceStoreError(Exception):
-    """A store cannot tell whether it has seen a nonce. The fault is the service's, not the host's.
-
-    ``retry_after`` is when another handshake may succeed, in seconds.
-    """
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+class NonceStoreError(NotReady):
+    """A store cannot tell whether it has seen a nonce."""
 
 
 class NonceStore(Protocol):

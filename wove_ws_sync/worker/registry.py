@@ -29,11 +29,11 @@ class UnknownTask(LookupError):
 class Registry:
     """The callables that *modules* list in their ``__all__``, and nothing else.
 
-    Each has up to three names: ``module:name``; the same by the module that defines it, which is what
-    a host with that module sends; ``name`` alone.
+    Each has up to three names: ``module:name``; ``name`` alone; the same by the module that defines it,
+    which is what a host with that module sends, if that names no other task.
 
-    Raises ValueError for a module that cannot be imported or has no ``__all__``, and for a name that
-    would stand for two tasks.
+    Raises ValueError for a module that cannot be imported or has no ``__all__``, and for two tasks that
+    are listed by the same name.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
@@ -44,15 +44,28 @@ class Registry:
         tasks: dict[str, Any] = {}
         for module in self.modules:
             for name, task in _listed(module):
-                for alias in _names_of(module, name, task):
+                for alias in (f"{module}:{name}", name):
                     if tasks.setdefault(alias, task) is not task:
                         both = f"{self._paths[alias]} and {module}:{name}"
                         raise ValueError(f"The registry has two tasks called {alias!r}: {both}.")
                     self._paths.setdefault(alias, f"{module}:{name}")
         self.count = len(set(self._paths.values()))
+        self._add_homes(tasks)
 
     def __repr__(self) -> str:
         return f"<Registry {', '.join(self.modules)} tasks={self.count}>"
+
+    def _add_homes(self, tasks: dict[str, Any]) -> None:
+        """Add the names by which tasks know themselves; a decorator may give its own to several."""
+        homes: dict[str, dict[int, str]] = {}
+        for path in dict.fromkeys(self._paths.values()):
+            task = tasks[path]
+            home, name = getattr(task, "__module__", None), getattr(task, "__qualname__", None)
+            if isinstance(home, str) and isinstance(name, str):
+                homes.setdefault(f"{home}:{name}", {}).setdefault(id(task), path)
+        for alias, paths in homes.items():
+            if len(paths) == 1:
+                self._paths.setdefault(alias, *paths.values())
 
     def admit(self, command: RunTask, counters: Counter[str]) -> RunTask | bytes:
         """Return the command with the one path of its task, or the event that refuses it."""
@@ -90,14 +103,6 @@ def _listed(module: str) -> list[tuple[str, Any]]:
     if not tasks:
         raise ValueError(f"The registry {module!r} lists nothing in __all__ that can be called.")
     return tasks
-
-
-def _names_of(module: str, name: str, task: Any) -> list[str]:
-    names = [f"{module}:{name}", name]
-    home, path = getattr(task, "__module__", None), getattr(task, "__qualname__", None)
-    if isinstance(home, str) and isinstance(path, str):
-        names.append(f"{home}:{path}")
-    return names
 
 
 def call_of(command: RunTask) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:

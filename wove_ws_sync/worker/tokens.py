@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import _checks
 from .jwks import ASYMMETRIC, KeySource
+from .not_ready import NotReady
 
 __all__ = ["TokenVerifier"]
 
@@ -26,6 +27,8 @@ _KEYS = frozenset(
 _DEFAULT_LEEWAY = 30.0
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([\w-]+\.[\w-]+\.[\w-]+)", re.ASCII)
 _LONGEST_SUBJECT = 255
+#: When the keys of a URL that does not answer are asked for again, in seconds.
+_RETRY_AFTER = 10.0
 #: In this order, what names the owner.
 _SUBJECTS = ("sub", "client_id", "azp")
 _REASONS = {
@@ -73,12 +76,13 @@ class TokenVerifier:
     def verify(self, get_all: GetAll) -> str:
         """Return who the token in the header Authorization is of, or raise PermissionError.
 
-        Reads nothing and connects nowhere; the error says why, never with what.
+        Reads nothing and connects nowhere; the error says why, never with what. Raises NotReady if there
+        are no keys to judge it by.
         """
         token, header = self._parse(get_all)
         keys = self._keys.current()
         if keys is None:
-            raise PermissionError("The token cannot be verified: its keys could not be read yet.")
+            raise NotReady("Tokens cannot be verified: their keys could not be read.", _RETRY_AFTER)
         for key in (candidates := keys.find(header.get("kid"), header["alg"])):
             try:
                 return self._judge(token, key, header["alg"])
@@ -92,7 +96,7 @@ class TokenVerifier:
         self.refresh(lambda name: authorizations)  # for the next time
         try:
             self.verify(lambda name: authorizations)
-        except PermissionError:
+        except (PermissionError, NotReady):
             return False
         return True
 
@@ -108,7 +112,8 @@ class TokenVerifier:
             header = self._jwt.get_unverified_header(match[1])
         except Exception as exc:
             raise PermissionError(f"The token is malformed ({type(exc).__name__}).") from None
-        if header.get("alg") not in self._algorithms:
+        algorithm = header.get("alg")
+        if not isinstance(algorithm, str) or algorithm not in self._algorithms:
             raise PermissionError("The token was refused: its algorithm is not among those allowed.")
         if "crit" in header or not isinstance(header.get("kid"), str | None):
             raise PermissionError("The token was refused: its header is not understood.")
