@@ -20,6 +20,7 @@ from ._run_future import RunFuture
 from .errors import ExecutorClosed
 from .options import DeliveryOptions, LinkOptions
 from .session import Session, open_session
+from .timing import Deadline
 
 __all__ = ["ExecutorCore", "Owner"]
 
@@ -92,11 +93,7 @@ class ExecutorCore:
         session: Session | None = None
         try:
             with self.lock:
-                if self.closed:
-                    raise ExecutorClosed("cannot schedule new futures after shutdown")
-                if self.session is None:
-                    self.session = open_session(self.options, self.environment)
-                future._session = session = self.session
+                future._session = session = self._opened()
                 self.pending.add(future)
             start(session)
             if future._unwanted:
@@ -113,6 +110,21 @@ class ExecutorCore:
                 session.cancel(future.run_id)
             self.ended(future)
             raise
+
+    def connect(self, deadline: Deadline) -> None:
+        """Connect before the first run; raises what ``Link.connect`` raises."""
+        _fork.check()
+        with self.lock:
+            session = self._opened()
+        session.link.connect(deadline)
+
+    def _opened(self) -> Session:
+        """Return the session, a new one before the first use. Hold ``lock``."""
+        if self.closed:
+            raise ExecutorClosed("cannot schedule new futures after shutdown")
+        if self.session is None:
+            self.session = open_session(self.options, self.environment)
+        return self.session
 
     def flush(self) -> None:
         session = self.session

@@ -49,6 +49,9 @@ class WebSocketExecutor(concurrent.futures.Executor):
     Thread-safe. Source: PEP 3148.
     """
 
+    # What submit() and attach() give out; a framework may have a kind of its own.
+    _future_type: type[RunFuture[Any]] = RunFuture
+
     def __init__(
         self,
         url: str | None = None,
@@ -95,7 +98,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
 
         Raises ExecutorClosed, a RuntimeError, after :meth:`shutdown`.
         """
-        future: RunFuture[_T] = RunFuture(self._core.new_run_id(fn), self._core)
+        future: RunFuture[_T] = self._future_type(self._core.new_run_id(fn), self._core)
         self._core.submit(future, functools.partial(fn, *args) if args else fn, kwargs, self._delivery)
         return future
 
@@ -112,7 +115,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
         """
         if not isinstance(run_id, str) or not run_id:
             raise TypeError(f"run_id must be a non-empty string, as RunFuture.run_id is, not {run_id!r}.")
-        future: RunFuture[Any] = RunFuture(run_id, self._core)
+        future = self._future_type(run_id, self._core)
         self._core.enter(future, lambda session: session.attach(run_id, self._delivery, future._on_event))
         return future
 
