@@ -118,13 +118,14 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
             }
         ),
     ),
-    (frozenset({"testing"}),),
+    (frozenset({"testing"}), frozenset({"contrib"}), frozenset({"contrib.celery"})),
     (frozenset({"cli", "cli.", "__main__"}),),
 )
 DOORS = len(LEVELS) - 2  # from here up, both the host's side and the worker's may be used
 
 # Who may import what is not ours; "worker." and "cli." as above.
 OUTSIDE = {
+    "celery": {"contrib.celery"},
     "cloudpickle": {"payloads"},
     "websocket": {"transport", "_framing", "_handshake", "_outbox", "cli."},
     "websockets": {"worker.", "cli."},
