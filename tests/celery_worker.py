@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class CeleryWorker:
         return self._log.read_text("utf-8", "replace")
 
     def send(self, name: str, *args: Any, **options: Any) -> Any:
-        """Send a task of ``celery_app`` and return its ``AsyncResult``."""
-        return self.client.send_task(f"celery_app.{name}", args, **options)
+        """Send a task of the worker's app and return its ``AsyncResult``."""
+        return self.client.send_task(f"{self.client.main}.{name}", args, **options)
 
     def run(self, name: str, *args: Any, **options: Any) -> Any:
         """Send a task and return its result."""
@@ -73,9 +73,18 @@ def file_broker(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def celery_worker(
-    folder: Path, service: dict[str, Any], *args: str, broker: dict[str, Any] | None = None, **settings: Any
+    folder: Path,
+    service: dict[str, Any],
+    *args: str,
+    app: str = "celery_app",
+    env: Mapping[str, str] | None = None,
+    broker: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Iterator[CeleryWorker]:
-    """Run a worker whose tasks use the worker service *service*, until the end of the block."""
+    """Run a worker whose tasks use the worker service *service*, until the end of the block.
+
+    It runs in *folder*, and *app* names its module, which finds its settings in ``WOVE_WS_TEST_CELERY``.
+    """
     conf = {
         **(file_broker(folder) if broker is None else broker),
         "wove_ws": service,
@@ -84,12 +93,12 @@ def celery_worker(
         "broker_connection_retry_on_startup": True,
         **settings,
     }
-    command = [sys.executable, "-m", "celery", "-A", "celery_app", "worker", "--loglevel", "info"]
+    command = [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel", "info"]
     command += ["--without-gossip", "--without-mingle", "--without-heartbeat", *args]
     search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    env = {**os.environ, "PYTHONPATH": search_path, "WOVE_WS_TEST_CELERY": json.dumps(conf)}
+    env = {**os.environ, "PYTHONPATH": search_path, "WOVE_WS_TEST_CELERY": json.dumps(conf), **(env or {})}
     log = folder / "worker.log"
-    client = Celery("client", set_as_current=False)
+    client = Celery(app, set_as_current=False)
     client.conf.update(conf)
     with log.open("wb") as stream, _group(command, cwd=folder, env=env, stderr=stream) as process:
         worker = CeleryWorker(process, client, log)
