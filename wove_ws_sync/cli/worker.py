@@ -68,6 +68,9 @@ def register(subparsers: Any) -> None:
         help="tasks at once (default: CPUs + 4, at most 32; processes: CPUs; others: theirs)")  # fmt: skip
     add("--registry", action="append", default=[], metavar="MODULE",
         help="call only what its __all__ lists, by name; unpickle nothing (repeatable)")  # fmt: skip
+    add("--around", default="", metavar="MODULE:NAME",
+        help="context manager that is entered around each task, wove_ws_sync.contrib.django.worker:around "
+        "for Django")  # fmt: skip
     add("--max-message-bytes", type=_positive, default=256 * 1024 * 1024, metavar="BYTES",
         help="largest message accepted from a host (default: 256 MiB)")  # fmt: skip
     add("--max-kept-bytes", type=_positive, default=512 * 1024 * 1024, metavar="BYTES",
@@ -218,6 +221,12 @@ def _run_service(settled: Settled) -> int:
         files = [options.tls_cert, options.tls_key, options.tls_client_ca]
         named = ", ".join(str(file) for file in files if file is not None)
         return _fail(f"the certificate files {named} cannot be used: {_reason(exc)}.", _NO_CERTIFICATE)
+    from ..worker import surroundings
+
+    try:
+        surroundings.use(options.around)
+    except ValueError as exc:
+        return _fail(settled.blame(f"--around: {exc}"), _USAGE)
     code, clean = asyncio.run(_serve(settled, context))
     if not clean or not _threads_ended():
         _leave_now(code)

@@ -18,6 +18,7 @@ from typing import Any
 from .. import current, payloads
 from .._exact import to_json
 from ..frames import encode
+from . import surroundings
 from .commands import RunTask
 from .events import cancelled_event, error_event, plain_error
 from .registry import UnknownTask, call_of
@@ -97,7 +98,7 @@ class Job:
 
     def run(self, adopt: Adopt) -> None:
         """Execute the task in this thread; hand an awaitable that it returns to *adopt*."""
-        contextvars.Context().run(self._run, adopt)
+        contextvars.Context().run(surroundings.call, self._run, adopt)
 
     def _run(self, adopt: Adopt) -> None:
         if self.abandoned:
@@ -137,7 +138,7 @@ class Job:
     async def drive(self, awaitable: Awaitable[Any]) -> None:
         """Await what the task returned and report how it ended. Never raises."""
         try:
-            value = await awaitable
+            value = await surroundings.awaited(awaitable)
         except asyncio.CancelledError:
             self._cancelled()
         except BaseException as exc:
