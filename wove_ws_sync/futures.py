@@ -120,6 +120,11 @@ class WebSocketExecutor(concurrent.futures.Executor):
         return future
 
     @property
+    def is_shut(self) -> bool:
+        """Tell whether :meth:`shutdown` was called: nothing more is taken."""
+        return self._core.closed
+
+    @property
     def link(self) -> Link | None:
         """Return the link in use, whose ``stats()`` counts what happened; None before the first use."""
         session = self._core.session

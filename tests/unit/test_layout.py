@@ -76,6 +76,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.sendqueue",
                 "worker.shelf",
                 "worker.statistics",
+                "worker.surroundings",
                 "worker.tls",
                 "worker.tokens",
                 "worker.voice",
@@ -120,8 +121,9 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     ),
     (frozenset({"testing"}), frozenset({"contrib"}), frozenset({"contrib.celery"})),
     (frozenset({"cli", "cli.", "__main__"}),),
+    (frozenset({"contrib"}), frozenset({"contrib.django", "contrib.django."})),
 )
-DOORS = len(LEVELS) - 2  # from here up, both the host's side and the worker's may be used
+DOORS = len(LEVELS) - 3  # from here up, both the host's side and the worker's may be used
 
 # Who may import what is not ours; "worker." and "cli." as above.
 OUTSIDE = {
@@ -131,6 +133,8 @@ OUTSIDE = {
     "websockets": {"worker.", "cli."},
     "cryptography": {"_keys", "_proof", "_seal", "_certificates", "worker.tls", "cli."},
     "dask": {"worker.dask_engine"},
+    "django": {"contrib.django", "contrib.django."},
+    "django_tasks": {"contrib.django."},
     "jwt": {"worker.jwks", "worker.tokens"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},

@@ -11,6 +11,7 @@ import math
 import os
 import ssl
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from .. import security
@@ -21,7 +22,7 @@ from . import _check_run
 from ._check_dial import Dial, watched
 from ._check_report import Report, Step, secrets_of, shown_url
 
-__all__ = ["register"]
+__all__ = ["check", "register"]
 
 _EPILOG = """\
 exit codes, that of the first step that failed:
@@ -106,7 +107,7 @@ def _seconds(text: str) -> float:
 def _run(arguments: argparse.Namespace) -> int:
     report = Report((lambda _: None) if arguments.json else _print)
     try:
-        _check(arguments, report)
+        check(lambda: _config(arguments), report)
     except KeyboardInterrupt:
         return 130
     if arguments.json:
@@ -121,10 +122,10 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _check(arguments: argparse.Namespace, report: Report) -> None:
-    """Take every step, as far as it goes."""
+def check(configured: Callable[[], dict[str, Any]], report: Report) -> None:
+    """Take every step with the ``executor_config`` that *configured* returns, as far as it goes."""
     try:
-        config = _config(arguments)
+        config = configured()
         options = security.link_options(config)
         tls_context(options)
     except (TypeError, ValueError, RuntimeError, OSError) as exc:

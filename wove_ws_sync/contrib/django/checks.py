@@ -1,0 +1,129 @@
+"""System checks of the setting ``WOVE_WS``: what is wrong, in which key, and what to do.
+
+Owns: the ids ``wove_ws.E...`` and ``wove_ws.W...``. Never: connects (``manage.py wove_ws_check`` does),
+shows a secret.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from django.core import checks
+from django.core.exceptions import ImproperlyConfigured
+
+from ... import security
+from ..._route import tls_context
+from ...options import DeliveryOptions
+from . import conf
+from .deployment import check_deployment
+from .messages import error, place
+
+__all__ = ["check_settings", "register_all"]
+
+_TAG = "wove_ws"
+
+
+def register_all() -> None:
+    """Register the checks with Django. Idempotent."""
+    checks.register(check_settings, _TAG)
+    checks.register(check_deployment, _TAG, checks.Tags.security, deploy=True)
+
+
+def check_settings(app_configs: Sequence[Any] | None = None, **_: Any) -> list[checks.CheckMessage]:
+    """Check what is wrong wherever the project runs. Secrets may be missing: a build has none."""
+    try:
+        names = conf.aliases()
+    except ImproperlyConfigured as exc:
+        return [
+            checks.Error(
+                str(exc), hint=f"Set {conf.SETTING} as for CACHES.", obj=conf.SETTING, id="wove_ws.E001"
+            )
+        ]
+    if not names:
+        hint = f"Set {conf.SETTING} = {{'default': {{'URL': 'wss://...', 'SECURITY': 'env:VARIABLE'}}}}."
+        text = f"{conf.SETTING} names no worker service."
+        return [checks.Warning(text, hint=hint, obj=conf.SETTING, id="wove_ws.W001")]
+    found: list[checks.CheckMessage] = []
+    environments: dict[str, str] = {}
+    for name in names:
+        found += _strays(name)
+        try:
+            alias = conf.read(name)
+        except ImproperlyConfigured as exc:
+            hint = (
+                f"Correct {conf.SETTING}[{name!r}]. Its keys are those of executor_config and delivery_*, "
+                "in capitals."
+            )
+            found.append(
+                checks.Error(str(exc), hint=hint, obj=f"{conf.SETTING}[{name!r}]", id="wove_ws.E002")
+            )
+            continue
+        found += _values(alias)
+        if alias.environment is not None:
+            other = environments.setdefault(alias.environment, name)
+            if other != name:
+                found.append(_same_environment(alias, other))
+    return found
+
+
+def _strays(name: str) -> Iterator[checks.CheckMessage]:
+    for text in conf.stray_variables(name):
+        key = text.removeprefix(conf.variable(name, ""))
+        yield checks.Warning(
+            f"The environment variable {text} sets nothing: there is no key {key!r}.",
+            hint=f"Correct its name ({conf._hint(key)}) or remove it.",
+            obj=f"{conf.SETTING}[{name!r}]",
+            id="wove_ws.W002",
+        )
+
+
+def _values(alias: conf.Alias) -> Iterator[checks.CheckMessage]:
+    try:
+        DeliveryOptions(**alias.delivery)
+    except (TypeError, ValueError) as exc:
+        yield _wrong(alias, exc, "E004", r"(delivery_\w+)", "DELIVERY_TIMEOUT")
+    if alias.backend == "immediate":
+        return
+    try:
+        options = security.link_options(alias.executor_config)
+    except RuntimeError:
+        return  # a secret that is not there: check --deploy tells
+    except (TypeError, ValueError) as exc:
+        yield _wrong(alias, exc, "E003", r"executor_config\.(\w+)", "URL")
+        return
+    try:
+        tls_context(options)
+    except (OSError, ssl.SSLError) as exc:
+        files = [key for key in ("CA_FILE", "CLIENT_CERT_FILE", "CLIENT_KEY_FILE") if key in alias.given]
+        for key in files[:1]:
+            what = " and ".join(conf.key_name(alias.name, file) for file in files)
+            text = f"cannot be used: {exc.strerror or type(exc).__name__}."
+            yield error(alias, key, "E005", text, f"Check that what {what} names is there, readable and PEM.")
+
+
+def _wrong(
+    alias: conf.Alias, exc: Exception, number: str, pattern: str, otherwise: str
+) -> checks.CheckMessage:
+    match = re.search(pattern, str(exc))
+    key = match[1].upper() if match and match[1].upper() in conf.KEYS else otherwise
+    if str(exc).startswith("websocket executor uses an insecure"):
+        key = "URL"
+    return checks.Error(
+        conf.in_settings(alias.name, str(exc)),
+        hint=f"Correct {place(alias, key)}.",
+        obj=conf.key_name(alias.name, key),
+        id=f"wove_ws.{number}",
+    )
+
+
+def _same_environment(alias: conf.Alias, other: str) -> checks.CheckMessage:
+    return error(
+        alias,
+        "ENVIRONMENT",
+        "E006",
+        f"is that of the alias {other!r}, too.",
+        "Give each alias a Wove environment of its own, or none.",
+    )

@@ -1,0 +1,63 @@
+"""Submitting when the transaction commits.
+
+Owns: :func:`submit_on_commit`. Never: waits for the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from django.db import transaction
+
+from ...futures import RunFuture, WebSocketExecutor
+from . import conf
+from .executors import executors
+
+__all__ = ["left_alone", "submit_on_commit"]
+
+_logger = logging.getLogger("wove_ws_sync.host")
+
+
+def submit_on_commit(
+    fn: Callable[..., object],
+    /,
+    *args: Any,
+    using: str | None = None,
+    alias: str = conf.DEFAULT_ALIAS,
+    robust: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Submit ``fn(*args, **kwargs)`` to the executor *alias* on commit, or now if there is no transaction.
+
+    *using* names the database, *robust* is that of ``transaction.on_commit``. After a rollback nothing
+    is submitted. Nobody waits for the run: a failure is an ERROR in the log ``wove_ws_sync.host``, and
+    unless the alias says otherwise the run goes on when this process ends (``delivery_orphan_policy``
+    "detach"). Pass ids, not model instances, as they are read after the commit.
+    """
+    submit = functools.partial(_submit, alias, fn, args, kwargs)
+    transaction.on_commit(submit, using=using, robust=robust)
+
+
+def left_alone(alias: str) -> WebSocketExecutor:
+    """Return the executor of *alias* for runs that nobody waits for."""
+    if "delivery_orphan_policy" in conf.read(alias).delivery:
+        return executors[alias]
+    return executors[alias].with_options(delivery_orphan_policy="detach")
+
+
+def _submit(alias: str, fn: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    left_alone(alias).submit(fn, *args, **kwargs).add_done_callback(_tell)
+
+
+def _tell(future: Any) -> None:
+    run: RunFuture[Any] = future
+    if run.cancelled():
+        return
+    error = run.exception()
+    if error is not None:
+        _logger.error(
+            "Run '%s', submitted on commit, failed: %r", run.run_id, error, extra={"run_id": run.run_id}
+        )
