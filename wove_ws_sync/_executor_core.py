@@ -111,12 +111,18 @@ class ExecutorCore:
             self.ended(future)
             raise
 
-    def connect(self, deadline: Deadline) -> None:
-        """Connect before the first run; raises what ``Link.connect`` raises."""
+    def connect(self, deadline: Deadline | None = None) -> None:
+        """Connect before the first run, by *deadline* or else within ``open_timeout`` seconds.
+
+        Raises what ``Link.connect`` raises.
+        """
         _fork.check()
         with self.lock:
             session = self._opened()
-        session.link.connect(deadline)
+        if deadline is None:
+            session.connect()
+        else:
+            session.link.connect(deadline)
 
     def _opened(self) -> Session:
         """Return the session, a new one before the first use. Hold ``lock``."""

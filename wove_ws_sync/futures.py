@@ -102,6 +102,13 @@ class WebSocketExecutor(concurrent.futures.Executor):
         self._core.submit(future, functools.partial(fn, *args) if args else fn, kwargs, self._delivery)
         return future
 
+    def connect(self) -> None:
+        """Wait for a usable connection, ``open_timeout`` at most; nobody has to, ``submit`` does not.
+
+        Raises what the dial raised, and ExecutorClosed, a RuntimeError, after :meth:`shutdown`.
+        """
+        self._core.connect()
+
     def attach(self, run_id: str) -> RunFuture[Any]:
         """Return a future for a run that was detached, by this process or another with the same key.
 

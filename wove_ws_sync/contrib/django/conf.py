@@ -43,7 +43,7 @@ _LINK_KEYS = {field.name.upper() for field in dataclasses.fields(LinkOptions)} -
     name.upper() for name in _DERIVED
 }
 _DELIVERY_KEYS = {field.name.upper() for field in dataclasses.fields(DeliveryOptions)}
-_OWN_KEYS = {"BACKEND", "ENVIRONMENT"}
+_OWN_KEYS = {"BACKEND", "ENVIRONMENT", "VARIABLES"}
 #: Every key of an alias.
 KEYS = frozenset(_LINK_KEYS | _DELIVERY_KEYS | _OWN_KEYS)
 # What stands in a variable for these is never read as JSON.
@@ -101,7 +101,9 @@ def read(name: str) -> Alias:
     for key in values:
         if key not in KEYS:
             raise ImproperlyConfigured(f"{SETTING}[{name!r}] has no key {str(key)[:60]!r}. {_hint(key)}")
-    named = {key: variable(name, key) for key in KEYS if variable(name, key) in os.environ}
+    named = {key: variable(name, key) for key in KEYS - {"VARIABLES"} if variable(name, key) in os.environ}
+    if not values.get("VARIABLES", True):
+        named = {}
     values = {**values, **{key: _parsed(key, os.environ[text]) for key, text in named.items()}}
     backend = values.get("BACKEND", "websocket")
     if backend not in BACKENDS:

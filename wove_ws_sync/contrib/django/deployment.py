@@ -33,8 +33,7 @@ def check_deployment(app_configs: Sequence[Any] | None = None, **_: Any) -> list
     for name in names:
         try:
             alias = conf.read(name)
-            options = LinkOptions.from_config(alias.executor_config)
-        except (ImproperlyConfigured, TypeError, ValueError):
+        except ImproperlyConfigured:
             continue
         if alias.backend == "immediate":
             found.append(
@@ -46,6 +45,10 @@ def check_deployment(app_configs: Sequence[Any] | None = None, **_: Any) -> list
                     "Set it to 'websocket' in production; 'immediate' is for tests.",
                 )
             )
+            continue
+        try:
+            options = LinkOptions.from_config(alias.executor_config)
+        except (TypeError, ValueError):
             continue
         found += _transport(alias, options)
         found += _secret(alias, options)

@@ -58,6 +58,9 @@ class ImmediateExecutor(WebSocketExecutor):
         """Return this executor."""
         return self
 
+    def connect(self) -> None:
+        """Do nothing: there is no connection."""
+
     def attach(self, run_id: str) -> RunFuture[Any]:
         """Raise RuntimeError: nothing goes on anywhere else."""
         raise RuntimeError("The backend 'immediate' has no detached runs.")
@@ -98,7 +101,7 @@ class ImmediateExecutor(WebSocketExecutor):
 
 
 def _called(task: Callable[..., Any], given: Mapping[str, Any], future: RunFuture[Any]) -> Any:
-    """Call the task as a worker service does; Runs in a context of its own."""
+    """Call the task as a worker service does; runs in a context of its own."""
     voice = _Voice(future)
     current.enter(current.CurrentRun(future.run_id, future.run_id.rpartition(":")[0], voice), voice)
     value = task(**given)

@@ -22,6 +22,7 @@ DATABASES = {
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
+TIME_ZONE = "UTC"
 
 # Each key may also be set by a variable: WOVE_WS_DEFAULT_URL, WOVE_WS_DEFAULT_CA_FILE, ...
 WOVE_WS = {

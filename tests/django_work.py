@@ -1,0 +1,76 @@
+"""Functions that tests of Django have a worker service run."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from django import VERSION
+from django.db import connection, connections
+from jobs.models import Order
+
+from wove_ws_sync import current_run
+
+if VERSION >= (6,):
+    from django.tasks import task
+else:
+    from django_tasks import task
+
+
+def connected_before() -> tuple[int, bool]:
+    """Return which thread this is and whether it came with an open connection; leave one open."""
+    found = connection.connection is not None
+    Order.objects.count()
+    return threading.get_ident(), found
+
+
+async def asks_in_a_coroutine() -> int:
+    return await Order.objects.acount()
+
+
+def database_name() -> str:
+    return str(connections["default"].settings_dict["NAME"])
+
+
+def orders_here(amount: int) -> int:
+    return Order.objects.filter(amount=amount).count()
+
+
+def fails(text: str) -> None:
+    raise LookupError(text)
+
+
+def tells() -> str:
+    run = current_run()
+    run.progress(1, 2, "half")
+    return run.run_id
+
+
+async def doubled(number: int) -> int:
+    return 2 * number
+
+
+@task
+def add(first: int, second: int) -> int:
+    return first + second
+
+
+@task
+def breaks() -> None:
+    raise ValueError("as it was told")
+
+
+@task(takes_context=True)
+def says_what_it_is(context: Any) -> list[Any]:
+    return [context.task_result.id, context.attempt, os.getpid()]
+
+
+@task
+async def waits(number: int) -> int:
+    return number
+
+
+@task
+def stops_at_nothing() -> None:
+    threading.Event().wait(60)
