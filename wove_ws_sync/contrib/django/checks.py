@@ -100,7 +100,8 @@ def _values(alias: conf.Alias) -> Iterator[checks.CheckMessage]:
         files = [key for key in ("CA_FILE", "CLIENT_CERT_FILE", "CLIENT_KEY_FILE") if key in alias.given]
         for key in files[:1]:
             what = " and ".join(conf.key_name(alias.name, file) for file in files)
-            text = f"cannot be used: {exc.strerror or type(exc).__name__}."
+            reason = conf.in_settings(alias.name, exc.strerror or type(exc).__name__)
+            text = f"cannot be used: {reason.removeprefix(conf.key_name(alias.name, key)).strip()}"
             yield error(alias, key, "E005", text, f"Check that what {what} names is there, readable and PEM.")
 
 

@@ -64,9 +64,12 @@ class DjangoWorker(LoopbackWorker):
     def __enter__(self) -> DjangoWorker:
         return self.start()
 
-    def settings(self, alias: str = conf.DEFAULT_ALIAS) -> override_settings:
-        """Return what has *alias* use this service: a context manager, a decorator of tests and classes."""
-        reached = {key.upper(): value for key, value in self.config.items()}
+    def settings(self, alias: str = conf.DEFAULT_ALIAS, **keys: Any) -> override_settings:
+        """Return what has *alias* use this service: a context manager, a decorator of tests and classes.
+
+        *keys* are further keys of the alias, such as ``DELIVERY_TIMEOUT=1.0``.
+        """
+        reached = {**{key.upper(): value for key, value in self.config.items()}, **keys}
         changed = {name: dict(getattr(settings, conf.SETTING, {}).get(name, {})) for name in _names()}
         return override_settings(**{conf.SETTING: {**changed, alias: _kept(alias, **reached)}})
 

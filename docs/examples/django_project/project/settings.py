@@ -18,6 +18,8 @@ DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": os.environ.get("DJANGO_DATABASE", str(BASE_DIR / "db.sqlite3")),
+        # A file, as a worker service of the tests cannot share a database in memory.
+        "TEST": {"NAME": os.environ.get("DJANGO_TEST_DATABASE", str(BASE_DIR / "test.sqlite3"))},
     }
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
