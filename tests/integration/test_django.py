@@ -40,8 +40,14 @@ else:
 NOWHERE = {"URL": "ws://127.0.0.1:1/wove", "DELIVERY_TIMEOUT": 0.5}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environ() -> Iterator[None]:
+    with django_host.environ():
+        yield
+
+
 @pytest.fixture(scope="module")
-def service() -> Iterator[DjangoWorker]:
+def service(environ: None) -> Iterator[DjangoWorker]:
     with DjangoWorker(workers=1) as worker:
         yield worker
 
@@ -151,7 +157,8 @@ def test_variables_stand_for_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_forked_child_dials_its_own_connection(worker: DjangoWorker) -> None:
     """Parent and child use ``executors["default"]``; the worker sees two hosts and right answers."""
     code = (
-        "import os, sys, django\n"
+        "import os, sys, warnings, django\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)  # there are threads: that is the point\n"
         "django.setup()\n"
         "from wove_ws_sync.contrib.django import executors\n"
         "assert executors['default'].submit(abs, -1).result(30) == 1\n"

@@ -30,6 +30,12 @@ GOOD = {"URL": "wss://worker.example/wove", "SECURITY": "env:WOVE_WORKER_SECRET"
 LOCAL = {**GOOD, "URL": "ws://127.0.0.1:8765/wove"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environ() -> Iterator[None]:
+    with django_host.environ():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def secret(no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WOVE_WORKER_SECRET", django_host.SECRET)
@@ -154,7 +160,7 @@ def test_check_deploy_names_every_wrong_setting_at_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[DjangoWorker]:
+def service(environ: None) -> Iterator[DjangoWorker]:
     with DjangoWorker() as worker:
         yield worker
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ from wove_ws_sync.contrib.django import conf
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 PACKAGE = Path(wove_ws_sync.contrib.django.__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environ() -> Iterator[None]:
+    with django_host.environ():
+        yield
 
 
 def _blocks(page: str) -> list[str]:
