@@ -31,7 +31,7 @@ ENVIRON = {
 
 @contextlib.contextmanager
 def environ() -> Iterator[None]:
-    """Have the variables of the project, for the processes that tests start; Celery, say, looks at them, too."""
+    """Have the variables of the project, for processes that tests start; others must not see them."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRON.items():
             patch.setenv(name, value)
