@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import _fork, _named, frames, payloads
+from . import _fork, _named, _telemetry, frames, payloads
 from .errors import ForkedError, PayloadError
 from .link import Link, LinkState, too_large
 from .options import DeliveryOptions, LinkOptions
@@ -78,12 +78,22 @@ class Session:
         Raises ValueError for a frame larger than ``max_message_bytes`` or a run_id in flight.
         """
         self.check_process()
-        run = self._run(command, delivery, sink)
+        telemetry, options = _telemetry.host, self.link.options
+        if telemetry is None:
+            run = self._run(command, delivery, sink)
+            self._send(run, wait=wait, flush=flush, block=block)
+            return run
+        address = options.host, options.port
+        with telemetry.sending(command, sink, self.environment, address) as (command, sink):
+            run = self._run(command, delivery, sink)
+            self._send(run, wait=wait, flush=flush, block=block)
+            return run
+
+    def _send(self, run: Run, *, wait: bool, flush: bool, block: bool) -> None:
         limit = self.link.options.max_message_bytes
         if len(run.message) > limit:
             raise too_large(run.run_id, len(run.message), limit)
         self.link.submit(run, wait=wait, flush=flush, block=block)
-        return run
 
     def attach(self, run_id: str, delivery: DeliveryOptions, sink: Callable[[dict[str, Any]], None]) -> Run:
         """Take a run that was detached, by this process or another with the same key; as :meth:`submit`.

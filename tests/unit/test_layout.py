@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "_fork",
                 "_leash",
                 "_retry_after",
+                "_telemetry",
                 "_version",
                 "_waker",
             )
@@ -40,7 +41,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
         frozenset({"current", "_progress"}),
     ),
     (
-        *(frozenset({name}) for name in ("frames", "payloads")),
+        *(frozenset({name}) for name in ("frames", "payloads", "_otel")),
         frozenset({"security", "_keys", "_oauth2", "_proof", "_seal", "_token_endpoint"}),
     ),
     (
@@ -77,6 +78,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.shelf",
                 "worker.statistics",
                 "worker.surroundings",
+                "worker.telemetry",
                 "worker.tls",
                 "worker.tokens",
                 "worker.voice",
@@ -103,7 +105,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"session"}), frozenset({"_observe"}), frozenset({"_certificates"})),
     (
         frozenset({"sync", "futures", "_executor_core", "_run_future", "aio", "plugin", ""}),
-        frozenset({"progress"}),
+        *(frozenset({name}) for name in ("progress", "otel")),
         frozenset(
             {
                 "worker",
@@ -136,6 +138,7 @@ OUTSIDE = {
     "django": {"contrib.django", "contrib.django."},
     "django_tasks": {"contrib.django."},
     "jwt": {"worker.jwks", "worker.tokens"},
+    "opentelemetry": {"_otel", "otel", "worker.telemetry"},
     "pebble": {"worker.process_engine"},
     "prometheus_client": {"worker.metrics"},
     "redis": {"worker.nonce_redis"},

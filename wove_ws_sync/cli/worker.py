@@ -102,6 +102,9 @@ def register(subparsers: Any) -> None:
     add(
         "--log-format", choices=FORMATS, default="text", help="json: one object a line (default: %(default)s)"
     )
+    add("--otel", type=_otel, metavar="SETUP",
+        help="trace and count tasks with OpenTelemetry; env configures its SDK by the OTEL_* variables, "
+        "module:function calls that in each process that executes tasks")  # fmt: skip
     add("--config", metavar="FILE", help="take options from this TOML file")
     add("--print-config", action="store_true", help="print what is in force, and from where, and exit")
     add(
@@ -160,6 +163,15 @@ def _engine(text: str) -> str:
 
     try:
         return check_engine(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _otel(text: str) -> str:
+    from ..worker.telemetry import check_setup
+
+    try:
+        return check_setup(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from None
 
@@ -276,6 +288,7 @@ async def _serve(settled: Settled, context: RenewingContext | None) -> tuple[int
             require_seal=options.require_seal,
             insecure=options.insecure,
             registry=options.registry,
+            otel=options.otel or "",
         )
         await service.start()
     except (ValueError, TypeError) as exc:

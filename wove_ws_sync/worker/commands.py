@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 _MAX_ID = 4096
+#: So many fields, and so many characters: what W3C allows for baggage, and as much again.
+_MAX_TRACE_FIELDS, _MAX_TRACE = 16, 16_384
 #: A longer list of runs would hold up every other host.
 _MAX_RUN_IDS = 100_000
 _CANCEL_MODES = ("best_effort", "require_ack")
@@ -43,6 +45,7 @@ class RunTask:
 
     ``beat_interval`` is a third of the heartbeat asked for, in seconds. What to call is a pickle, or
     else ``name`` says it and ``arguments`` is the JSON text of [positional ones, the others by name].
+    ``trace`` is the host's trace context; ``otel`` is the service's own: how telemetry is set up, if at all.
     """
 
     run_id: str
@@ -55,6 +58,8 @@ class RunTask:
     idempotency_key: str = ""
     name: str = ""
     arguments: str = ""
+    trace: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)  # baggage may be anything
+    otel: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -214,12 +219,23 @@ def _run_task(
         named = _named(frame)
         if isinstance(named, str):
             return MalformedRun(run_id, task_id, named, "run_task")
-        return RunTask(run_id, task_id, "", None, *delivery, key, *named)
+        return RunTask(run_id, task_id, "", None, *delivery, key, *named, trace=_trace(frame))
     if not isinstance(function, str) or not function:
         return MalformedRun(run_id, task_id, "run_task needs a callable_pickle, a base64 string.", "run_task")
     if args is not None and not isinstance(args, str):
         return MalformedRun(run_id, task_id, "args_pickle of run_task must be a base64 string.", "run_task")
-    return RunTask(run_id, task_id, function, args or None, *delivery, key)
+    return RunTask(run_id, task_id, function, args or None, *delivery, key, trace=_trace(frame))
+
+
+def _trace(frame: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return the trace context of a run; () for one that is odd, which fails no run."""
+    trace = frame.get("trace")
+    if not isinstance(trace, dict) or len(trace) > _MAX_TRACE_FIELDS:
+        return ()
+    fields = tuple(trace.items())
+    if not all(isinstance(value, str) for _, value in fields):
+        return ()
+    return fields if sum(len(name) + len(value) for name, value in fields) <= _MAX_TRACE else ()
 
 
 def _named(frame: dict[str, Any]) -> tuple[str, str] | str:

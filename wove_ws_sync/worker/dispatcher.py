@@ -80,11 +80,12 @@ class Dispatcher:
         max_queue: int,
         dedupe_window: float,
         registry: Registry | None = None,
+        otel: str = "",
     ) -> None:
         self._loop = loop
         self._registry = registry
         self._counters = counters
-        self._executions = Executions(loop, engine, self._happened, dedupe_window=dedupe_window)
+        self._executions = Executions(loop, engine, self._happened, dedupe_window=dedupe_window, otel=otel)
         self._table = HostTable(counters, max_kept_bytes=max_kept_bytes)
         self._max_queue = max_queue
         self._messenger = Messenger(loop, counters, max_kept_bytes=max_kept_bytes)

@@ -9,6 +9,7 @@ Everything here happens on the event loop that serves connections.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -34,8 +35,10 @@ class Executions:
         happened: Callable[[Run, str, bytes], None],
         *,
         dedupe_window: float,
+        otel: str = "",
     ) -> None:
         self._loop = loop
+        self._otel = otel
         self._engine = engine
         self._happened = happened
         self._outbox = Outbox(loop, self._reported)
@@ -51,6 +54,8 @@ class Executions:
 
         Keys are those of *owner*; *limit* is the largest message in bytes that its host accepts.
         """
+        if self._otel:
+            command = dataclasses.replace(command, otel=self._otel)
         source: Run | Shared = run
         if command.idempotency_key:
             key = (owner, command.idempotency_key, "json" if command.name else "pickle")

@@ -18,7 +18,7 @@ from typing import Any
 from .. import current, payloads
 from .._exact import to_json
 from ..frames import encode
-from . import surroundings
+from . import surroundings, telemetry
 from .commands import RunTask
 from .events import cancelled_event, error_event, plain_error
 from .registry import UnknownTask, call_of
@@ -47,6 +47,7 @@ class Job:
         "_command",
         "_limit",
         "_report",
+        "_traced",
         "_voice",
         "abandoned",
         "attempts",
@@ -62,6 +63,7 @@ class Job:
         self._report = report
         self._limit = limit
         self._voice: Voice | None = None
+        self._traced: telemetry.Traced | None = None
         self.abandoned = False
         self.attempts = 0  # the engine's
         self.cancel_requested = False
@@ -108,6 +110,8 @@ class Job:
         current.enter(current.CurrentRun(run_id, task_id, self._voice), self._voice)
         head = {"type": "task_started", "run_id": run_id, "task_id": task_id}
         self._report("started", encode(head))
+        if self._command.otel:
+            self._traced = telemetry.begin(self._command)
         try:
             function, positional, args = self._load()
         except BaseException as exc:
@@ -179,7 +183,11 @@ class Job:
             raise TypeError("args_pickle must hold a dictionary of keyword arguments")
         return function, args
 
-    def _end(self, event: bytes) -> None:
+    def _end(
+        self, event: bytes, outcome: str = "result", error: str = "", exc: BaseException | None = None
+    ) -> None:
+        if self._traced is not None:
+            self._traced.end(outcome, error, exc)
         if self._voice is not None:
             self._voice.close()
             self._voice = None  # the two know each other, which only the collector would undo
@@ -187,9 +195,11 @@ class Job:
         self._report("ended", event)
 
     def _cancelled(self) -> None:
-        self._end(cancelled_event(self._command.run_id, self._command.task_id))
+        self._end(cancelled_event(self._command.run_id, self._command.task_id), "cancelled")
 
-    def _error(self, error: Mapping[str, Any], exception: bytes | None = None) -> None:
+    def _error(
+        self, error: Mapping[str, Any], exception: bytes | None = None, exc: BaseException | None = None
+    ) -> None:
         run_id, task_id, plain = self._command.run_id, self._command.task_id, bool(self._command.name)
         event = error_event(run_id, task_id, error, exception, plain=plain)
         if len(event) > self._limit and exception is not None:
@@ -197,7 +207,7 @@ class Job:
         if len(event) > self._limit:
             short = {**error, "message": str(error["message"])[:512], "traceback": ""}
             event = error_event(run_id, task_id, short, plain=plain)
-        self._end(event)
+        self._end(event, "error", str(error["kind"]), exc)
 
     def _failed_payload(self, exc: BaseException) -> None:
         """Report that the task could not be had, so that nothing of it ran."""
@@ -219,10 +229,10 @@ class Job:
             self._cancelled()
             return
         if self.abandoned:
-            self._end(b"")
+            self._end(b"", "error", type(exc).__name__, exc)
             return
         error = plain_error(type(exc).__name__, _text(exc), "task", text=_traceback(exc))
-        self._error(error, None if self._command.name else _pickled(exc))
+        self._error(error, None if self._command.name else _pickled(exc), exc)
 
     def _returned(self, value: Any) -> None:
         """Report the task's result, or why it cannot travel."""

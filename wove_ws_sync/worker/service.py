@@ -22,10 +22,10 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
 
-from .. import payloads
+from .. import _telemetry, payloads
 from .._seal import sealed_size
 from ..security import is_local_host
-from . import logs
+from . import logs, telemetry
 from .access import ReaderRule
 from .auth import MIN_SECRET_BYTES, Authenticator, check_listening
 from .connection import CLOSE_TIMEOUT, DEFAULT_MAX_IN_FLIGHT, HostConnection
@@ -73,6 +73,8 @@ class WorkerService:
     ``require_seal`` refuses hosts whose messages are not sealed.
     ``insecure`` allows to listen beyond loopback without TLS and security. ``registry`` names
     modules: then only what their ``__all__`` lists is called, by name, and nothing is unpickled.
+    ``otel`` traces tasks with OpenTelemetry, as ``--otel`` does; "": only if this process called
+    ``wove_ws_sync.otel.instrument()``.
     ``counters`` tells what was refused, ignored or dropped, by reason.
 
     Raises ValueError or TypeError for wrong arguments and RuntimeError for a secret that
@@ -99,6 +101,7 @@ class WorkerService:
         require_seal: bool = False,
         insecure: bool = False,
         registry: Sequence[str] = (),
+        otel: str = "",
     ) -> None:
         if not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & set("?# "):
             raise ValueError(f"path must be the path of a URL, such as /wove, not {path!r}.")
@@ -133,6 +136,7 @@ class WorkerService:
         self._max_in_flight = max_in_flight
         self._insecure = insecure
         self._registry = Registry(registry) if registry else None
+        self._otel = telemetry.check_setup(otel) if otel else _telemetry.worker
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
         self._dispatcher: Dispatcher | None = None
@@ -187,7 +191,10 @@ class WorkerService:
             max_queue=self._max_queue,
             dedupe_window=self._dedupe_window,
             registry=self._registry,
+            otel=self._otel,
         )
+        if self._otel:
+            telemetry.prepare(self._otel)
         try:
             await self._doorkeeper.open()
             self._engine.start()
