@@ -11,21 +11,22 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, ParamSpec, TypeVar
 
 from wove.runtime import runtime
 
-from . import _fork, security
+from . import _fork, _variables, security
 from ._executor_core import ExecutorCore, Owner
 from ._observe import OnEvent
 from ._run_future import RunFuture
 from .errors import ExecutorClosed
 from .link import Link
-from .options import DeliveryOptions
+from .options import DeliveryOptions, LinkOptions
 from .session import exiting
 
 __all__ = ["RunFuture", "WebSocketExecutor"]
@@ -41,7 +42,8 @@ class WebSocketExecutor(concurrent.futures.Executor):
     """Run functions on a worker service: ``submit``, ``map`` and ``shutdown`` of the standard library.
 
     *url* and the keywords of ``executor_config`` say where; *environment* takes everything
-    from ``wove.config`` instead; ``delivery_*`` keywords say how runs are delivered. All
+    from ``wove.config`` instead; with neither, the variables ``WOVE_WS_URL`` and so on say what
+    the keywords do not. ``delivery_*`` keywords say how runs are delivered. All
     executors with the same settings share one connection, which is dialled on first use.
     *on_event* is called with every event frame of this executor's runs, logs and progress
     included and pickles left out, before the future knows of it; in the thread that brings it:
@@ -62,20 +64,10 @@ class WebSocketExecutor(concurrent.futures.Executor):
     ) -> None:
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event must be callable, not {type(on_event).__name__}.")
-        config: dict[str, Any] = {}
-        delivery: dict[str, Any] = {}
-        if environment is not None:
-            known = runtime.resolve_environment_settings(environment)
-            config.update(known["executor_config"])
-            delivery.update({key: known[key] for key in _DELIVERY_KEYS if known.get(key) is not None})
-        delivery.update({key: settings.pop(key) for key in list(settings) if key in _DELIVERY_KEYS})
-        config.update(settings)
         if url is not None:
-            config["url"] = url
-        self._delivery = DeliveryOptions(
-            **{key: value for key, value in delivery.items() if value is not None}
-        )
-        self._core = ExecutorCore(security.link_options(config), environment or "", on_event)
+            settings["url"] = url
+        options, self._delivery = _settle(environment, settings)
+        self._core = ExecutorCore(options, environment or "", on_event)
         self._owner = Owner(self._core)
 
     def __repr__(self) -> str:
@@ -214,6 +206,25 @@ class WebSocketExecutor(concurrent.futures.Executor):
         if wait and not exiting() and not any(future._in_links_thread() for future in pending):
             for future in pending:
                 future._await_end(None)
+
+
+def _settle(environment: str | None, settings: dict[str, Any]) -> tuple[LinkOptions, DeliveryOptions]:
+    """Return what *settings*, and beneath them an environment of Wove's or variables, ask for."""
+    if environment is not None:
+        known = runtime.resolve_environment_settings(environment)
+        delivery = {key: known[key] for key in _DELIVERY_KEYS if known.get(key) is not None}
+        return _options({**known["executor_config"], **delivery, **settings})
+    if settings.get("url") is not None:  # a secret in a variable is not for this address
+        return _options(settings)
+    found = _variables.read(os.environ)
+    with found.blamed(settings):
+        return _options({**found.settings, **settings})
+
+
+def _options(settings: Mapping[str, Any]) -> tuple[LinkOptions, DeliveryOptions]:
+    delivery = {key: settings[key] for key in settings if key in _DELIVERY_KEYS}
+    config = {key: settings[key] for key in settings if key not in _DELIVERY_KEYS}
+    return security.link_options(config), DeliveryOptions.from_mapping(delivery)
 
 
 def _submit_more(

@@ -36,7 +36,16 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
             )
         ),
         frozenset(
-            {"options", "_address", "_checks", "_oauth2_config", "_pins", "_secrets", "_security_config"}
+            {
+                "options",
+                "_address",
+                "_checks",
+                "_oauth2_config",
+                "_pins",
+                "_secrets",
+                "_security_config",
+                "_variables",
+            }
         ),
         frozenset({"current", "_progress"}),
     ),

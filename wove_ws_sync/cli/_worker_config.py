@@ -16,6 +16,8 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .. import _variables
+
 __all__ = ["PREFIX", "ConfigError", "Settled", "remember_defaults", "settle", "variable"]
 
 #: In front of every variable of the environment that is an option.
@@ -155,6 +157,7 @@ def _ignored(
 ) -> Iterator[str]:
     known = {variable(name) for name in actions} | {variable("config")}
     known.add(str(options.security).removeprefix("env:"))  # a secret may well be called like that
+    known.add(_variables.variable("worker_auth"))  # a host's setting
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.0)[0]
