@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Each page, and what its program prints at the least.
-PAGES = {"observe": '"name": "send sum"'}
+PAGES = {
+    "observe": '"name": "send sum"',
+    "run-joblib": "[0, 1, 4, 9, 16, 25, 36, 49, 64, 81]",
+    "migrate-from-wove": "42\n36\n",
+}
 
 
 @pytest.mark.parametrize("page", PAGES)

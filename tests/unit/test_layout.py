@@ -130,9 +130,14 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
             }
         ),
     ),
-    (frozenset({"testing"}), frozenset({"contrib"}), frozenset({"contrib.celery"})),
+    (frozenset({"testing"}),),
     (frozenset({"cli", "cli.", "__main__"}),),
-    (frozenset({"contrib"}), frozenset({"contrib.django", "contrib.django."})),
+    (
+        frozenset({"contrib"}),
+        frozenset({"contrib.celery"}),
+        frozenset({"contrib.django", "contrib.django."}),
+        frozenset({"contrib.joblib"}),
+    ),
 )
 DOORS = len(LEVELS) - 3  # from here up, both the host's side and the worker's may be used
 
@@ -146,6 +151,7 @@ OUTSIDE = {
     "dask": {"worker.dask_engine"},
     "django": {"contrib.django", "contrib.django."},
     "django_tasks": {"contrib.django."},
+    "joblib": {"contrib.joblib"},
     "jwt": {"worker.jwks", "worker.tokens"},
     "opentelemetry": {"_otel", "otel", "worker.telemetry"},
     "pebble": {"worker.process_engine"},
