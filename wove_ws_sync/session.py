@@ -192,7 +192,8 @@ class Session:
 def open_session(options: LinkOptions, environment: str = "") -> Session:
     """Return a new session on this process's link for *options*; nothing is dialled yet.
 
-    Raises RuntimeError in a uWSGI process without threads and under eventlet's monkey patch.
+    Raises RuntimeError in a uWSGI process without threads, under eventlet's monkey patch, and under
+    gevent's if that came after the import of this package.
     """
     _fork.check()
     _check_surroundings()
@@ -221,6 +222,20 @@ def _check_surroundings() -> None:
             "select.poll, which the connection to the worker service needs, is missing in this process: "
             "eventlet's monkey patch removes it. Use threads or gevent."
         )
+    if _green() and not _green_from_the_start:  # classes of ours are made of locks of real threads
+        raise RuntimeError(
+            "gevent's monkey patch came after wove_ws_sync was imported; call gevent.monkey.patch_all() "
+            "before any other import (with gunicorn --preload at the top of gunicorn.conf.py)."
+        )
+
+
+def _green() -> bool:
+    """Tell whether threads are greenlets here."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
+
+
+_green_from_the_start = _green()
 
 
 def links() -> list[Link]:
