@@ -115,11 +115,11 @@ def test_new_runs_are_refused(running: Running, gate: Path) -> None:
         drained = running.drain()
         host.notice("draining")
         for each in (host, foreign):
+            each.run(lambda: None, "old")  # it is known, so it is not refused
             each.run(lambda: None, "new")
-            [event] = each.wait("new")
+            [event] = each.wait("new")  # by now the one before was read as well
             error = plain_error(event, "WorkerStopping")
             assert error["retryable"] is True and error["started"] is False
-            each.run(lambda: None, "old")  # it is known, so it is not refused
         gate.touch()
         for each in (host, foreign):
             assert each.result("old") is None
