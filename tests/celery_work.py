@@ -25,3 +25,8 @@ def end_service_once(mark: str) -> str:
         Path(mark).touch()
         os._exit(9)
     return "done"
+
+
+async def sleep_long(seconds: float) -> None:
+    """End at once for 0; otherwise a cancellation has to end it."""
+    await asyncio.sleep(60 if seconds else 0)

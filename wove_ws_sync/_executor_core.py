@@ -102,9 +102,11 @@ class ExecutorCore:
             if session is None:
                 raise
             self.ended(future)
-            if not future.done():
-                future.set_exception(exc)
-            session.cancel(future.run_id)  # a signal handler's exception may come when it was sent already
+            try:
+                if not future.done():
+                    future.set_exception(exc)
+            finally:  # a signal handler's exception may come when it was sent already
+                session.cancel(future.run_id)
         except BaseException:  # Ctrl-C: nobody will hold the future
             if session is not None:
                 session.cancel(future.run_id)

@@ -173,13 +173,19 @@ class WebSocketExecutor(concurrent.futures.Executor):
             for item in itertools.islice(items, ahead):
                 # The next item of a sized iterable comes at once: its message may share a system call.
                 send = not batched or len(futures) % _TOGETHER == 0
-                future: RunFuture[Any] = RunFuture(self._core.new_run_id(fn), self._core)
-                self._core.submit(future, functools.partial(fn, *item), {}, self._delivery, send=send)
+                future = self._future_type(self._core.new_run_id(fn), self._core)
                 futures.append(future)
+                self._core.submit(future, functools.partial(fn, *item), {}, self._delivery, send=send)
+        except BaseException:  # nobody gets them
+            for future in futures:
+                future._cancel_soon()
+            raise
         finally:
             self._core.flush()
         # The iterator must not keep a forgotten executor alive.
-        submit = functools.partial(_submit_more, weakref.ref(self._owner), self._delivery, fn)
+        submit = functools.partial(
+            _submit_more, weakref.ref(self._owner), self._future_type, self._delivery, fn
+        )
 
         def results() -> Iterator[Any]:
             try:
@@ -229,6 +235,7 @@ def _options(settings: Mapping[str, Any]) -> tuple[LinkOptions, DeliveryOptions]
 
 def _submit_more(
     owned: Callable[[], Owner | None],
+    kind: type[RunFuture[Any]],
     delivery: DeliveryOptions,
     fn: Callable[..., Any],
     item: tuple[Any, ...],
@@ -236,7 +243,7 @@ def _submit_more(
     owner = owned()
     if owner is None:
         raise ExecutorClosed("cannot schedule new futures after the executor was dropped")
-    future: RunFuture[Any] = RunFuture(owner.core.new_run_id(fn), owner.core)
+    future = kind(owner.core.new_run_id(fn), owner.core)
     owner.core.submit(future, functools.partial(fn, *item), {}, delivery)
     return future
 

@@ -13,7 +13,7 @@ from typing import Any
 import celery_work
 import pytest
 from celery import Celery
-from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded
+from celery.exceptions import ImproperlyConfigured, Retry, SoftTimeLimitExceeded
 from celery_worker import CeleryWorker, celery_worker, connections, status
 from fault_helpers import python, until
 from redis_server import needs_redis, redis_server
@@ -166,7 +166,7 @@ class TestTimeLimits:
     ) -> None:
         """A task that cleans up has its runs cancelled, and may use the executor for that."""
         before = status(service)["ended"]["cancelled"]
-        result = prefork.run("hold", str(tmp_path / "gate"), "caught", soft_time_limit=1)
+        result = prefork.run("hold", str(tmp_path / "gate"), "caught", soft_time_limit=3)
         assert result == "caught, and 9"
         until(lambda: status(service)["ended"]["cancelled"] == before + 3)
 
@@ -175,7 +175,7 @@ class TestTimeLimits:
     ) -> None:
         before = status(service)["ended"]["cancelled"]
         with pytest.raises(SoftTimeLimitExceeded):
-            worker.run(name, *args, soft_time_limit=1)
+            worker.run(name, *args, soft_time_limit=3)
         until(lambda: status(service)["ended"]["cancelled"] == before + runs)
         assert status(service)["running"] == 0
 
@@ -186,6 +186,50 @@ class TestTimeLimits:
             worker.send("hold", str(tmp_path / "gate"), "result", time_limit=1)
             until(lambda: status(service)["ended"]["cancelled"] == before + 3)
             assert right_answers(worker, "square", 5)
+
+
+class Striking:
+    """A value in whose pickling the soft time limit strikes."""
+
+    def __reduce__(self) -> Any:
+        raise SoftTimeLimitExceeded
+
+
+def struck_items() -> Iterator[int]:
+    yield from range(3)
+    raise SoftTimeLimitExceeded
+
+
+class TestLimitsAnywhere:
+    """The soft time limit may strike where nothing waits for a result; nothing it has begun goes on."""
+
+    @pytest.mark.parametrize(
+        "way", ["in submit", "in the items of map", "between results", "told as a retry"]
+    )
+    def test_nothing_goes_on(self, app: Celery, service: LoopbackWorker, way: str) -> None:
+        app.conf.wove_ws = service.config
+        kept: list[Any] = []
+
+        @app.task  # type: ignore[untyped-decorator]
+        def work() -> str:
+            if way == "in submit":
+                kept.extend(executor.submit(celery_work.sleep_long, number + 1) for number in range(3))
+                executor.submit(abs, Striking())
+            elif way == "in the items of map":
+                executor.map(celery_work.sleep_long, struck_items())
+            elif way == "between results":
+                kept.append(executor.map(celery_work.sleep_long, [0, 60, 60], buffersize=2))
+                next(kept[0])
+                raise SoftTimeLimitExceeded
+            else:
+                kept.extend(executor.submit(celery_work.sleep_long, number + 1) for number in range(3))
+                raise Retry("again", exc=SoftTimeLimitExceeded())
+            return "it went on"
+
+        result = work.apply()
+        assert result.state == ("RETRY" if way == "told as a retry" else "FAILURE"), result.result
+        core = get_executor(app)._core
+        until(lambda: not core.pending)
 
 
 class TestLosses:

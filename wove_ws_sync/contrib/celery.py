@@ -84,6 +84,13 @@ class _TaskFuture(RunFuture[_T]):
             self._interrupted(exc)
             raise
 
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Hear of what went wrong while the run was submitted; the soft time limit is for the task."""
+        super().set_exception(exception)
+        if isinstance(exception, SoftTimeLimitExceeded):
+            _cancel_runs_of(self.celery_id)
+            raise exception
+
     def _interrupted(self, exc: BaseException) -> None:
         """Cancel the runs of this task if *exc* ends the wait from outside: nobody will wait again.
 
@@ -176,6 +183,12 @@ def _on_failure(task_id: str | None = None, exception: BaseException | None = No
         _cancel_runs_of(task_id)
 
 
+def _on_retry(request: Any = None, **_: Any) -> None:
+    """Cancel the runs of a task that will be run again, and so submit them again."""
+    if request is not None:
+        _cancel_runs_of(request.id)
+
+
 def _preconnect(**_: Any) -> None:
     """Connect before the first task, if ``app.conf.wove_ws_preconnect`` says so."""
     if not current_app.conf.get(f"{_SETTING}_preconnect"):
@@ -201,6 +214,7 @@ def _close(**_: Any) -> None:
 def _connect_signals() -> None:
     for signal, receiver in (
         (signals.task_failure, _on_failure),
+        (signals.task_retry, _on_retry),
         (signals.worker_process_init, _preconnect),
         (signals.worker_process_shutdown, _close),
         (signals.worker_shutdown, _close),

@@ -29,7 +29,10 @@ class Around(Protocol):
     """
 
     def __call__(self) -> AbstractContextManager[object]:
-        """Return what is entered in the thread of each task, before the task is loaded."""
+        """Return what is entered in the thread of each task, before the task is loaded.
+
+        It is left when the end of the task has been reported, and does not see its exception.
+        """
 
 
 _around: Any = None
