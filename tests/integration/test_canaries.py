@@ -138,11 +138,11 @@ def records() -> Iterator[list[logging.LogRecord]]:
 def our_objects() -> list[Any]:
     """Return every object of this process whose class is of this package, or knows secrets for it."""
     gc.collect()
-    kinds = (wove.NetworkExecutorSecurity,)
+    kinds = (wove.NetworkExecutorSecurity,)  # by type(): a proxy may say that it is another's, or fail to
     return [
         item
         for item in gc.get_objects()
-        if str(type(item).__module__).partition(".")[0] == "wove_ws_sync" or isinstance(item, kinds)
+        if str(type(item).__module__).partition(".")[0] == "wove_ws_sync" or issubclass(type(item), kinds)
     ]
 
 

@@ -430,6 +430,8 @@ FORK = """
     asked.start()
     ex = SyncWebSocketEnvironmentExecutor()
     ex.start(environment_name="e", environment_config={**CONFIG, "ping_interval": 60.0}, run_config={})
+    while pool._core.session.link._connection._ack_at is not None:
+        time.sleep(0.01)
     say("before")
     input()
     child = os.fork()
@@ -480,6 +482,15 @@ FORK = """
 """
 
 
+def settled(proxy: Proxy) -> int:
+    """Return how much the first connection has sent, once the proxy has read what is under way."""
+    sent, pause = -1, threading.Event()
+    while sent != proxy.sent[0]:
+        sent = proxy.sent[0]
+        pause.wait(0.5)
+    return sent
+
+
 @pytest.mark.parametrize("tls", [False, True], ids=["ws", "wss"])
 def test_f33_a_forked_child_leaves_its_parents_connection_alone(
     script: Callable[..., Script], worker: LoopbackWorker, tls: bool
@@ -491,7 +502,7 @@ def test_f33_a_forked_child_leaves_its_parents_connection_alone(
         args = (target.ca_file,) if target.ca_file else ()
         running = script(FORK, *args, target=proxy, flags=QUIET)
         running.expect("before")
-        before = proxy.sent[0]
+        before = settled(proxy)
         running.tell()
         running.expect("asked")
         assert proxy.sent == [before]
