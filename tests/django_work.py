@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from typing import Any
@@ -27,6 +28,28 @@ def connected_before() -> tuple[int, bool]:
 
 async def asks_in_a_coroutine() -> int:
     return await Order.objects.acount()
+
+
+# Two tasks in one process: the first is in the middle of its rows until the other has been.
+_between, _others_were = threading.Event(), threading.Event()
+
+
+async def reads_rows() -> int:
+    """Read one row, have the others come and go, read the rest."""
+    rows = 0
+    async for _ in Order.objects.order_by("pk").aiterator(chunk_size=1):
+        rows += 1
+        _between.set()
+        await asyncio.to_thread(_others_were.wait, 30)
+    return rows
+
+
+async def comes_between(last: bool) -> None:
+    """Use the database while ``reads_rows`` does."""
+    await asyncio.to_thread(_between.wait, 30)
+    await Order.objects.acount()
+    if last:
+        _others_were.set()
 
 
 def database_name() -> str:

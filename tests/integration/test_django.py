@@ -237,6 +237,15 @@ def test_connections_are_looked_after_around_each_task(worker: DjangoWorker) -> 
     assert executor.submit(django_work.database_name).result(WAIT) == os.environ["DJANGO_DATABASE"]
 
 
+def test_coroutines_do_not_close_each_others_connections(worker: DjangoWorker) -> None:
+    """One that is in the middle of its rows goes on after others have come and gone."""
+    Order.objects.bulk_create([Order(amount=1) for _ in range(3)])
+    reader = executor.submit(django_work.reads_rows)
+    for last in (False, True):
+        executor.submit(django_work.comes_between, last).result(WAIT)
+    assert reader.result(WAIT) >= 3
+
+
 def test_connections_that_are_young_enough_are_kept() -> None:
     """It is ``close_old_connections`` that closes: with CONN_MAX_AGE a connection serves many tasks."""
     with DjangoWorker(workers=1, env={"TEST_CONN_MAX_AGE": "600"}) as service, service.settings():

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Iterator
 from typing import Any
 
 import django
-from asgiref.sync import sync_to_async
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.apps import apps
 from django.db import close_old_connections, connections, reset_queries
 
@@ -39,18 +39,23 @@ class _Around:
             _tidy()
 
     async def awaited(self, awaitable: Awaitable[Any]) -> Any:
-        """Await what a task returned; its database work is done in the thread of ``sync_to_async``."""
-        tidy = sync_to_async(_tidy)
-        await tidy()
-        try:
-            return await awaitable
-        finally:
-            await tidy()
+        """Await what a task returned; its database work is done in a thread of its own, as a request's is."""
+        async with ThreadSensitiveContext():
+            await sync_to_async(_tidy)()
+            try:
+                return await awaitable
+            finally:
+                await sync_to_async(_close)()  # the thread ends
 
 
 def _tidy() -> None:
     reset_queries()
     close_old_connections()
+
+
+def _close() -> None:
+    reset_queries()
+    connections.close_all()
 
 
 def _use_test_databases() -> None:
