@@ -63,6 +63,15 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
     ({"URL": "http://worker.example"}, "E003", "URL", "must be a ws:// or wss:// URL"),
     ({"PING_INTERVAL": "often"}, "E003", "PING_INTERVAL", "a number of seconds"),
     ({"SECURITY": {"type": "magic"}}, "E003", "SECURITY", "must be one of"),
+    ({"SECURITY": {"type": "signed", "secrt": "xxxx"}}, "E003", "SECURITY", "requires a secret"),
+    ({"SECURITY": {"type": "bearer"}}, "E003", "SECURITY", "requires a token"),
+    (
+        {"SECURITY": {"type": "bearer", "token_env": "TOKEN_WITH_NEWLINE"}},
+        "E003",
+        "SECURITY",
+        "control characters",
+    ),
+    ({"HEADERS": {"X": "xxxx\n"}}, "E003", "HEADERS", "control characters"),
     ({"DELIVERY_TIMEOUT": -1}, "E004", "DELIVERY_TIMEOUT", "use None for no limit"),
     ({"DELIVERY_ORPHAN_POLICY": "hope"}, "E004", "DELIVERY_ORPHAN_POLICY", "'requeue'"),
     ({"CA_FILE": "/nowhere/ca.pem"}, "E005", "CA_FILE", "No such file"),
@@ -81,6 +90,7 @@ def test_each_wrong_setting_is_named_with_its_remedy(
 ) -> None:
     """One mistake is one message, which names the key and says what to do, and shows no secret."""
     monkeypatch.setenv("SHORT_SECRET", "guess-me")
+    monkeypatch.setenv("TOKEN_WITH_NEWLINE", "guess-me\n")
     [(found, message)] = _found({"default": {**GOOD, **change}}).items()
     assert found == f"wove_ws.{number}"
     assert remedy in f"{message.msg} {message.hint}" and message.hint

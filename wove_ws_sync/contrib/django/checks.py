@@ -84,7 +84,7 @@ def _values(alias: conf.Alias) -> Iterator[checks.CheckMessage]:
     try:
         DeliveryOptions(**alias.delivery)
     except (TypeError, ValueError) as exc:
-        yield _wrong(alias, exc, "E004", r"(delivery_\w+)", "DELIVERY_TIMEOUT")
+        yield _wrong(alias, exc, "E004")
     if alias.backend == "immediate":
         return
     try:
@@ -92,7 +92,7 @@ def _values(alias: conf.Alias) -> Iterator[checks.CheckMessage]:
     except RuntimeError:
         return  # a secret that is not there: check --deploy tells
     except (TypeError, ValueError) as exc:
-        yield _wrong(alias, exc, "E003", r"executor_config\.(\w+)", "URL")
+        yield _wrong(alias, exc, "E003")
         return
     try:
         tls_context(options)
@@ -105,19 +105,33 @@ def _values(alias: conf.Alias) -> Iterator[checks.CheckMessage]:
             yield error(alias, key, "E005", text, f"Check that what {what} names is there, readable and PEM.")
 
 
-def _wrong(
-    alias: conf.Alias, exc: Exception, number: str, pattern: str, otherwise: str
-) -> checks.CheckMessage:
-    match = re.search(pattern, str(exc))
-    key = match[1].upper() if match and match[1].upper() in conf.KEYS else otherwise
-    if str(exc).startswith("websocket executor uses an insecure"):
-        key = "URL"
+def _wrong(alias: conf.Alias, exc: Exception, number: str) -> checks.CheckMessage:
+    key = _blamed(alias, str(exc))
+    name = where = f"{conf.SETTING}[{alias.name!r}]"
+    if key is not None:
+        name, where = conf.key_name(alias.name, key), place(alias, key)
+    text = conf.in_settings(alias.name, str(exc))
     return checks.Error(
-        conf.in_settings(alias.name, str(exc)),
-        hint=f"Correct {place(alias, key)}.",
-        obj=conf.key_name(alias.name, key),
+        text if name in text else f"{name}: {text}",
+        hint=f"Correct {where}.",
+        obj=name,
         id=f"wove_ws.{number}",
     )
+
+
+def _blamed(alias: conf.Alias, text: str) -> str | None:
+    """Return the key that a message about ``executor_config`` is about, None if it does not say."""
+    if text.startswith("websocket executor uses an insecure"):
+        return "URL"
+    for match in re.finditer(r"executor_config\.(\w+)|\b(delivery_\w+)|^(context_vars)\b", text):
+        key = (match[1] or match[2] or match[3]).upper()
+        if key in conf.KEYS:
+            return key
+    if header := re.search(r"\bheader '([^']*)'", text):
+        given = alias.executor_config.get("headers") or ()
+        own = header[1].lower() == "authorization" and "authorization" not in map(str.lower, given)
+        return "SECURITY" if own else "HEADERS"
+    return "SECURITY" if " security " in text else None
 
 
 def _same_environment(alias: conf.Alias, other: str) -> checks.CheckMessage:
