@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,25 @@ def test_an_executor_that_somebody_shut_is_replaced() -> None:
 def test_a_wrong_value_is_told_by_its_key_in_the_settings() -> None:
     with override_settings(WOVE_WS={"default": {"URL": "ws://127.0.0.1:1", "PING_INTERVAL": -1}}):
         with pytest.raises(ImproperlyConfigured, match=r"WOVE_WS\['default'\]\['PING_INTERVAL'\] must be"):
+            executors["default"]
+
+
+@pytest.mark.parametrize(
+    ("alias", "text"),
+    [
+        ({"DELIVERY_TIMEOUT": 3}, "['URL'] is not set"),
+        ({"VARIABLES": False}, "['URL'] is not set"),
+        ({**NOWHERE, "CONTEXT_VARS": ["nope:nope"]}, "['CONTEXT_VARS'] names 'nope:nope', which cannot be"),
+        ({"BACKEND": "immediate", "CONTEXT_VARS": ["nope:nope"]}, "['CONTEXT_VARS'] names 'nope:nope'"),
+    ],
+)
+def test_an_alias_that_cannot_be_used_is_improperly_configured(
+    alias: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variables of the core, WOVE_WS_URL and so on, are not for an alias without a URL."""
+    monkeypatch.setenv("WOVE_WS_URL", "ws://127.0.0.1:9/wove")
+    with override_settings(WOVE_WS={"default": alias}):
+        with pytest.raises(ImproperlyConfigured, match=re.escape(f"WOVE_WS['default']{text}")):
             executors["default"]
 
 

@@ -72,6 +72,7 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
         "control characters",
     ),
     ({"HEADERS": {"X": "xxxx\n"}}, "E003", "HEADERS", "control characters"),
+    ({"CONTEXT_VARS": ["nope:nope"]}, "E003", "CONTEXT_VARS", "cannot be imported"),
     ({"DELIVERY_TIMEOUT": -1}, "E004", "DELIVERY_TIMEOUT", "use None for no limit"),
     ({"DELIVERY_ORPHAN_POLICY": "hope"}, "E004", "DELIVERY_ORPHAN_POLICY", "'requeue'"),
     ({"CA_FILE": "/nowhere/ca.pem"}, "E005", "CA_FILE", "No such file"),
@@ -118,6 +119,24 @@ def test_a_build_without_secrets_passes_the_ordinary_checks(monkeypatch: pytest.
     monkeypatch.delenv("WOVE_WORKER_SECRET")
     assert _found({"default": GOOD}, deploy=False) == {}
     assert set(_found({"default": GOOD})) == {"wove_ws.E011"}
+    backend = django_work.add.get_backend()
+    with override_settings(WOVE_WS={"default": GOOD}):
+        assert list(backend.check()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "number", "text"),
+    [
+        ({"ALIASS": "default"}, "E020", "Did you mean 'ALIAS'?"),
+        ({"ALIAS": "reports"}, "E021", "no alias 'reports'"),
+        ({"DELIVERY_TIMEOUT": -1}, "E021", "delivery_timeout must be"),
+    ],
+)
+def test_the_options_of_tasks_are_checked(options: dict[str, Any], number: str, text: str) -> None:
+    backend = type(django_work.add.get_backend())("default", {"OPTIONS": options})
+    with override_settings(WOVE_WS={"default": GOOD}):
+        [message] = backend.check()
+    assert message.id == f"wove_ws.{number}" and text in f"{message.msg} {message.hint}"
 
 
 def test_the_whole_setting_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

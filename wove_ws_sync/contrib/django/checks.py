@@ -15,8 +15,9 @@ from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 
 from ... import security
+from ..._carry import Carrier
 from ..._route import tls_context
-from ...options import DeliveryOptions
+from ...options import DeliveryOptions, LinkOptions
 from . import conf
 from .deployment import check_deployment
 from .messages import error, place
@@ -85,15 +86,24 @@ def _values(alias: conf.Alias) -> Iterator[checks.CheckMessage]:
         DeliveryOptions(**alias.delivery)
     except (TypeError, ValueError) as exc:
         yield _wrong(alias, exc, "E004")
-    if alias.backend == "immediate":
-        return
+    options = None
     try:
-        options = security.link_options(alias.executor_config)
+        if alias.backend != "immediate":
+            options = security.link_options(alias.executor_config)
     except RuntimeError:
-        return  # a secret that is not there: check --deploy tells
+        pass  # a secret that is not there: check --deploy tells
     except (TypeError, ValueError) as exc:
         yield _wrong(alias, exc, "E003")
         return
+    try:
+        Carrier(alias.executor_config.get("context_vars") or ())
+    except (ImportError, TypeError, ValueError) as exc:
+        yield _wrong(alias, exc, "E003")
+    if options is not None:
+        yield from _certificates(alias, options)
+
+
+def _certificates(alias: conf.Alias, options: LinkOptions) -> Iterator[checks.CheckMessage]:
     try:
         tls_context(options)
     except (OSError, ssl.SSLError) as exc:

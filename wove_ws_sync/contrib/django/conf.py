@@ -158,6 +158,7 @@ def in_settings(name: str, text: str) -> str:
         return key_name(name, match[1].upper()) + inner
 
     text = re.sub(r"\bexecutor_config\.([a-z]\w*)((?:\.\w+)*)", renamed, text)
+    text = re.sub(r"^context_vars\b", key_name(name, "CONTEXT_VARS"), text)
     text = re.sub(r"(?<![\w'])(delivery_[a-z_]+)\b", lambda match: key_name(name, match[1].upper()), text)
     return text.replace("executor_config", f"{SETTING}[{name!r}]")
 

@@ -75,8 +75,11 @@ def _make(alias: conf.Alias) -> WebSocketExecutor:
     try:
         if alias.backend == "immediate":
             return ImmediateExecutor(alias.executor_config.get("context_vars") or ())
+        if alias.executor_config.get("url") is None:  # the core would take WOVE_WS_URL and its secret
+            url = conf.key_name(alias.name, "URL")
+            raise ImproperlyConfigured(f"{url} is not set: say where the worker service is.")
         return WebSocketExecutor(**alias.executor_config, **alias.delivery)
-    except (TypeError, ValueError, RuntimeError) as exc:
+    except (TypeError, ValueError, RuntimeError, ImportError) as exc:
         raise ImproperlyConfigured(conf.in_settings(alias.name, str(exc))) from exc
 
 

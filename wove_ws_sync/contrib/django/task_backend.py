@@ -26,6 +26,7 @@ from django.utils.module_loading import import_string
 from ... import _fork
 from ..._checks import unknown
 from ...futures import RunFuture, WebSocketExecutor
+from ...options import DeliveryOptions
 from . import conf
 from .executors import executors
 
@@ -129,15 +130,25 @@ class WoveWsTasks:
                     f"{where} has no key {key!r}.", hint=unknown(key, _OPTIONS), obj=where, id="wove_ws.E020"
                 )
         try:
-            self._executor()
-        except (ConnectionDoesNotExist, ImproperlyConfigured, TypeError, ValueError) as exc:
+            conf.read(self._service())  # no executor, for which a build has no secret
+        except (ConnectionDoesNotExist, ImproperlyConfigured) as exc:
             hint = f"Set {where}['ALIAS'] to an alias of {conf.SETTING}, and correct that alias."
             yield checks.Error(str(exc), hint=hint, obj=where, id="wove_ws.E021")
+        try:
+            DeliveryOptions(**self._delivery())
+        except (TypeError, ValueError) as exc:
+            hint = f"Correct {where}. Its delivery settings are those of an alias."
+            yield checks.Error(f"{where}: {exc}", hint=hint, obj=where, id="wove_ws.E021")
 
     def _executor(self) -> WebSocketExecutor:
-        delivery = {key.lower(): self.options[key] for key in _DELIVERY if key in self.options}
-        options = {"delivery_timeout": None, "delivery_orphan_policy": "detach", **delivery}
-        return executors[self.options.get("ALIAS", conf.DEFAULT_ALIAS)].with_options(**options)
+        return executors[self._service()].with_options(**self._delivery())
+
+    def _service(self) -> str:
+        return str(self.options.get("ALIAS", conf.DEFAULT_ALIAS))
+
+    def _delivery(self) -> dict[str, Any]:
+        given = {key.lower(): self.options[key] for key in _DELIVERY if key in self.options}
+        return {"delivery_timeout": None, "delivery_orphan_policy": "detach", **given}
 
 
 def run_task(backend: str, order: dict[str, Any]) -> dict[str, Any]:
