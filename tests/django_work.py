@@ -60,6 +60,24 @@ def orders_here(amount: int) -> int:
     return Order.objects.filter(amount=amount).count()
 
 
+unpickled: list[str] = []
+
+
+class UnpickledTo:
+    """A result that says in the host that it was unpickled."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __reduce__(self) -> Any:
+        return _unpickle, (self._text,)
+
+
+def _unpickle(text: str) -> str:
+    unpickled.append(text)
+    return text
+
+
 def fails(text: str) -> None:
     raise LookupError(text)
 

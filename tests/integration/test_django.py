@@ -304,6 +304,24 @@ def test_what_fails_after_the_commit_is_logged(
         submit_on_commit(django_work.fails, "nobody looks")
         until(lambda: "nobody looks" in caplog.text)
     assert "submitted on commit, failed: LookupError" in caplog.text
+    [record] = [found for found in caplog.records if found.name == "wove_ws_sync.host"]
+    assert record.exc_info is not None and record.exc_info[0] is LookupError
+    assert record.threadName is not None and record.threadName.startswith("wove-ws-told-")
+
+
+def test_what_was_run_after_the_commit_is_not_unpickled(worker: DjangoWorker) -> None:
+    """Nobody asked for the result, and the thread that brings it serves all others."""
+    submit_on_commit(django_work.UnpickledTo, "the list")
+    assert executor.submit(abs, -1).result(WAIT) == 1  # one worker: the first has ended
+    assert django_work.unpickled == []
+    assert executor.submit(django_work.UnpickledTo, "the list").result(WAIT) == "the list"
+    assert django_work.unpickled == ["the list"]
+
+
+def test_what_was_lost_after_the_commit_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with override_settings(WOVE_WS={"default": NOWHERE}), caplog.at_level(logging.ERROR, "wove_ws_sync.host"):
+        submit_on_commit(abs, -1)
+        until(lambda: "submitted on commit, failed: DeliveryTimeout" in caplog.text)
 
 
 # -- tests of a project ----------------------------------------------------------------------

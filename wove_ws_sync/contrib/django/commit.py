@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -53,11 +54,24 @@ def _submit(alias: str, fn: Callable[..., object], args: tuple[Any, ...], kwargs
 
 
 def _tell(future: Any) -> None:
+    """Log a failure; runs in the reader thread, where nothing is unpickled, and a result nowhere."""
     run: RunFuture[Any] = future
-    if run.cancelled():
+    event = run._event or {}
+    if run.cancelled() or event.get("type") == "task_result":
         return
+    if any(key.endswith("_pickle") for key in event):
+        threading.Thread(target=_log, args=[run], name=f"wove-ws-told-{run.run_id}", daemon=True).start()
+    else:
+        _log(run)
+
+
+def _log(run: RunFuture[Any]) -> None:
     error = run.exception()
     if error is not None:
         _logger.error(
-            "Run '%s', submitted on commit, failed: %r", run.run_id, error, extra={"run_id": run.run_id}
+            "Run '%s', submitted on commit, failed: %r",
+            run.run_id,
+            error,
+            exc_info=error,
+            extra={"run_id": run.run_id},
         )
