@@ -86,6 +86,10 @@ def test_the_example_projects_own_tests_pass(tmp_path: Path) -> None:
     example = (django_host.PROJECT / "jobs" / "tests.py").read_text(encoding="utf-8")
     for line in shown.partition("@immediate()")[2].splitlines():
         assert line in example
+    [shown] = [block for block in _blocks("django.md") if "answers_503" in block]
+    views = (django_host.PROJECT / "jobs" / "views.py").read_text(encoding="utf-8")
+    for line in shown.splitlines():
+        assert line in views
 
 
 def test_the_fixtures_of_pytest(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def check_deployment(app_configs: Sequence[Any] | None = None, **_: Any) -> list
                     alias,
                     "DELIVERY_TIMEOUT",
                     "W014",
-                    "is not set: a view waits without limit for a worker service that is down or stuck.",
+                    "is not set: a view waits without limit for a task that is stuck.",
                     "Set it to the seconds that a task may take, below the timeout of your web server.",
                 )
             )

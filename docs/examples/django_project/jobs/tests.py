@@ -27,3 +27,4 @@ class WorkerTests(TransactionTestCase):
             self.assertEqual(self.client.get("/report/3/").json()["worker"], worker.pid)
             worker.kill()
             self.assertEqual(self.client.get("/total/5/").status_code, 503)
+            self.assertEqual(self.client.get("/report/3/").status_code, 503)

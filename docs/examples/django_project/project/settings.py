@@ -31,7 +31,8 @@ WOVE_WS = {
     "default": {
         "URL": "ws://127.0.0.1:8765/wove",
         "SECURITY": "env:WOVE_WORKER_SECRET",
-        "DELIVERY_TIMEOUT": 20.0,
+        # So long a view may wait, and does while the worker service is down.
+        "DELIVERY_TIMEOUT": 5.0,
         "ENVIRONMENT": "workers",
     }
 }
