@@ -17,7 +17,7 @@ from typing import Any
 
 from .options import DeliveryOptions, LinkOptions
 
-__all__ = ["NAMES", "PREFIX", "Found", "read", "variable"]
+__all__ = ["NAMES", "PREFIX", "Found", "read", "value", "variable"]
 
 _logger = logging.getLogger("wove_ws_sync.host")
 
@@ -53,6 +53,8 @@ def _switch(name: str, text: str) -> bool:
 
 
 def _list(name: str, text: str) -> list[str]:
+    if text.startswith("["):
+        return _json(name, text, "a list in JSON, or with commas between")  # type: ignore[no-any-return]
     return [entry for part in text.split(",") if (entry := part.strip())]
 
 
@@ -61,11 +63,15 @@ def _text(name: str, text: str) -> str:
 
 
 def _object(name: str, text: str) -> Any:
+    return _json(name, text, "a JSON object")
+
+
+def _json(name: str, text: str, what: str) -> Any:
     """Read JSON, of which nothing is shown: it may be a secret."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"The environment variable {name} must be a JSON object (not shown).") from None
+        raise ValueError(f"The environment variable {name} must be {what} (not shown).") from None
 
 
 def _security(name: str, text: str) -> Any:
@@ -99,8 +105,17 @@ _READERS = {
     for field in (*dataclasses.fields(LinkOptions), *dataclasses.fields(DeliveryOptions))
     if field.name not in _NONE
 }
+_ENDS = tuple(f"_{key.upper()}" for key in _READERS)
 #: Every variable, by its key.
 NAMES = {key: variable(key) for key in _READERS}
+
+
+def value(key: str, name: str, text: str) -> Any:
+    """Return what the *text* of the variable *name* says for *key*; one without a form is text.
+
+    Raises ValueError, which names the variable, for a text of the wrong form.
+    """
+    return _READERS.get(key, _text)(name, text)
 
 
 class Found:
@@ -145,5 +160,7 @@ def _warn_of_misspelt(environ: Mapping[str, str], secret: str) -> None:
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name.startswith(_OTHERS) or name in known or name == secret:
             continue
+        if name.endswith(_ENDS):
+            continue  # WOVE_WS_DEFAULT_URL is that of an alias of Django's settings
         if near := difflib.get_close_matches(name, known, 1, 0.85):
             _logger.warning("The environment variable %s is no setting; did you mean %s?", name, near[0])

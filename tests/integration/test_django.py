@@ -26,7 +26,7 @@ from jobs.models import Order
 from wove.runtime import runtime
 
 import wove_ws_sync
-from wove_ws_sync.contrib.django import executor, executors, submit_on_commit
+from wove_ws_sync.contrib.django import conf, executor, executors, submit_on_commit
 from wove_ws_sync.contrib.django.executors import register_environments
 from wove_ws_sync.contrib.django.testing import DjangoWorker, immediate
 from wove_ws_sync.session import links
@@ -160,7 +160,7 @@ def test_an_environment_of_the_projects_own_comes_back() -> None:
 
 
 def test_variables_stand_for_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable wins over the setting, numbers and lists are JSON, and an alias may exist by it alone."""
+    """A variable wins over the setting, an empty one is none, and an alias may exist by one alone."""
     monkeypatch.setenv("WOVE_WS_DEFAULT_URL", "ws://127.0.0.1:2/other")
     monkeypatch.setenv("WOVE_WS_DEFAULT_OPEN_TIMEOUT", "2.5")
     monkeypatch.setenv("WOVE_WS_DEFAULT_IDLE_TIMEOUT", "none")
@@ -172,6 +172,28 @@ def test_variables_stand_for_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     with override_settings(WOVE_WS={}):
         assert list(executors) == ["default"]
         assert executors["default"]._core.options.target == "/other"
+    monkeypatch.setenv("WOVE_WS_DEFAULT_URL", "")
+    with override_settings(WOVE_WS={}):
+        assert list(executors) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("OPEN_TIMEOUT", " ", 4.0),
+        ("INSECURE", "1", True),
+        ("CONTEXT_VARS", "jobs.tasks:a, jobs.tasks:b", ["jobs.tasks:a", "jobs.tasks:b"]),
+        ("CONTEXT_VARS", '["jobs.tasks:a"]', ["jobs.tasks:a"]),
+        ("HEADERS", '{"X-Team": "blue"}', {"X-Team": "blue"}),
+        ("URL", "ws://127.0.0.1:2", "ws://127.0.0.1:2"),
+    ],
+)
+def test_a_variable_is_read_as_those_of_the_core(
+    key: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"WOVE_WS_DEFAULT_{key}", text)
+    with override_settings(WOVE_WS={"default": {**NOWHERE, "OPEN_TIMEOUT": 4.0}}):
+        assert conf.read("default").executor_config[key.lower()] == value
 
 
 def test_a_forked_child_dials_its_own_connection(worker: DjangoWorker) -> None:

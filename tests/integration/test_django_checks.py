@@ -156,6 +156,10 @@ def test_a_variable_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WOVE_WS_DEFAULT_URL", "nonsense")
     hint = _found({"default": GOOD})["wove_ws.E003"].hint
     assert "WOVE_WS_DEFAULT_URL" in str(hint)
+    monkeypatch.delenv("WOVE_WS_DEFAULT_URL")
+    monkeypatch.setenv("WOVE_WS_DEFAULT_SECURITY", '{"type": "signed", "secret": "xxxx')
+    message = _found({"default": GOOD})["wove_ws.E002"]
+    assert "WOVE_WS_DEFAULT_SECURITY" in message.msg and "xxxx" not in str(message)
 
 
 # -- commands --------------------------------------------------------------------------------
@@ -251,6 +255,8 @@ def test_wove_ws_worker_serves_the_alias(tmp_path: Path) -> None:
     ("setting", "text"),
     [
         ({"SECURITY": {"type": "bearer", "token_env": "X"}}, "give --security file:PATH"),
+        ({"SECURITY": {"type": "signed", "secret_file": "/nowhere"}}, "give --security file:PATH"),
+        ({"SECURITY": {"keys": [{"key": "a", "secret_env": "X"}]}}, "give --security file:PATH"),
         ({"URL": "nonsense"}, r"WOVE_WS\['default'\]\['URL'\] must be"),
     ],
 )

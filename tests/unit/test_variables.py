@@ -44,6 +44,7 @@ def _made(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], **settings
         ("WOVE_WS_INSECURE", "Yes", True),
         ("WOVE_WS_SEAL", "off", "off"),
         ("WOVE_WS_CONTEXT_VARS", "logging:a, os:b", ("logging:a", "os:b")),
+        ("WOVE_WS_CONTEXT_VARS", '["logging:a", "os:b"]', ("logging:a", "os:b")),
     ],
 )
 def test_a_variable_is_a_setting(monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: Any) -> None:
@@ -108,6 +109,7 @@ def test_nothing_at_all_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> N
         ("WOVE_WS_SECURITY", "{canary-4711", ValueError),
         ("WOVE_WS_SECURITY", "canary-4711", ValueError),
         ("WOVE_WS_HEADERS", "canary-4711", ValueError),
+        ("WOVE_WS_PINNED_KEYS", "[canary-4711", ValueError),
         ("WOVE_WS_HEADERS", '["canary-4711"]', TypeError),
         ("WOVE_WS_DELIVERY_ORPHAN_POLICY", "forget", ValueError),
         ("WOVE_WS_DELIVERY_TIMEOUT", "soon", ValueError),
@@ -129,11 +131,11 @@ def test_a_secret_that_is_not_there_names_both_variables(monkeypatch: pytest.Mon
 
 
 def test_a_misspelt_variable_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """But neither the options of a worker service nor the variable of the secret."""
+    """But no option of a worker service, no variable of the secret, none of an alias of Django's settings."""
     with caplog.at_level(logging.WARNING, "wove_ws_sync.host"):
         _variables.read({
             "WOVE_WS_PING_INTERVALL": "1", "WOVE_WS_WORKER_PORT": "1", "WOVE_WS_URLS": "x",
-            "WOVE_WS_SECURITY": "env:WOVE_WS_URLS",
+            "WOVE_WS_SECURITY": "env:WOVE_WS_URLS", "WOVE_WS_DEFAULT_DELIVERY_HEARTBEAT_SECONDS": "3",
         })  # fmt: skip
     [record] = caplog.records
     assert "WOVE_WS_PING_INTERVALL" in record.getMessage() and "WOVE_WS_PING_INTERVAL?" in record.getMessage()

@@ -7,7 +7,6 @@ Owns: the form of the setting, which variable stands for which key, and how a ke
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.connection import ConnectionDoesNotExist
 
+from ... import _variables
 from ..._checks import unknown
 from ...options import DeliveryOptions, LinkOptions
 
@@ -46,11 +46,6 @@ _DELIVERY_KEYS = {field.name.upper() for field in dataclasses.fields(DeliveryOpt
 _OWN_KEYS = {"BACKEND", "ENVIRONMENT", "VARIABLES"}
 #: Every key of an alias.
 KEYS = frozenset(_LINK_KEYS | _DELIVERY_KEYS | _OWN_KEYS)
-# What stands in a variable for these is never read as JSON.
-_TEXTS = frozenset(
-    {"URL", "CA_FILE", "CLIENT_CERT_FILE", "CLIENT_KEY_FILE", "SERVER_HOSTNAME", "TLS_MIN_VERSION", "PROXY"}
-    | {"SEAL", "WORKER_AUTH", "RESULT_FORMAT", "BACKEND", "ENVIRONMENT", "DELIVERY_IDEMPOTENCY_KEY"}
-)
 # WOVE_WS_WORKER_... are the options of the command.
 _TAKEN = "worker"
 
@@ -74,7 +69,7 @@ class Alias:
 def aliases() -> list[str]:
     """Return the names of all aliases; "default" may exist by its variable alone."""
     names = [str(name) for name in _setting()]
-    if DEFAULT_ALIAS not in names and variable(DEFAULT_ALIAS, "URL") in os.environ:
+    if DEFAULT_ALIAS not in names and _is_set(variable(DEFAULT_ALIAS, "URL")):
         names.append(DEFAULT_ALIAS)
     return names
 
@@ -101,10 +96,10 @@ def read(name: str) -> Alias:
     for key in values:
         if key not in KEYS:
             raise ImproperlyConfigured(f"{SETTING}[{name!r}] has no key {str(key)[:60]!r}. {_hint(key)}")
-    named = {key: variable(name, key) for key in KEYS - {"VARIABLES"} if variable(name, key) in os.environ}
+    named = {key: variable(name, key) for key in KEYS - {"VARIABLES"} if _is_set(variable(name, key))}
     if not values.get("VARIABLES", True):
         named = {}
-    values = {**values, **{key: _parsed(key, os.environ[text]) for key, text in named.items()}}
+    values = {**values, **_from_variables(named)}
     backend = values.get("BACKEND", "websocket")
     if backend not in BACKENDS:
         raise ImproperlyConfigured(
@@ -178,13 +173,15 @@ def _hint(key: Any) -> str:
     return unknown(key.upper() if isinstance(key, str) else key, KEYS)
 
 
-def _parsed(key: str, text: str) -> Any:
-    """Return the value of a variable: what is JSON where no text is wanted, else the text itself."""
-    if key in _TEXTS:
-        return text
-    if text.lower() in ("true", "false", "none", "null"):
-        return {"true": True, "false": False}.get(text.lower())
+def _is_set(text: str) -> bool:
+    """Tell whether a variable is set; an empty one is not."""
+    return bool(os.environ.get(text, "").strip())
+
+
+def _from_variables(named: Mapping[str, str]) -> dict[str, Any]:
     try:
-        return json.loads(text)
-    except ValueError:
-        return text  # whoever uses it says what it should be
+        return {
+            key: _variables.value(key.lower(), text, os.environ[text].strip()) for key, text in named.items()
+        }
+    except ValueError as exc:
+        raise ImproperlyConfigured(str(exc)) from None
