@@ -6,6 +6,7 @@ Owns: :func:`submit_on_commit`. Never: waits for the run.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from .executors import executors
 
 __all__ = ["left_alone", "submit_on_commit"]
 
+_numbers = itertools.count(1)
 _logger = logging.getLogger("wove_ws_sync.host")
 
 
@@ -60,7 +62,8 @@ def _tell(future: Any) -> None:
     if run.cancelled() or event.get("type") == "task_result":
         return
     if any(key.endswith("_pickle") for key in event):
-        threading.Thread(target=_log, args=[run], name=f"wove-ws-told-{run.run_id}", daemon=True).start()
+        name = f"wove-ws-told-{next(_numbers)}"
+        threading.Thread(target=_log, args=[run], name=name, daemon=True).start()
     else:
         _log(run)
 
