@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
