@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_helpers import until
@@ -86,19 +87,24 @@ def test_runserver_reloads(tmp_path: Path) -> None:
 
 
 def _answering(address: str, version: str) -> int:
-    """Wait until this version of the project answers; return its process."""
-    found: list[int] = []
+    """Have this version of the project run a weave, once it answers; return its process.
 
-    def ask() -> bool:
+    Nothing else runs one: a process that ends would dial again for it.
+    """
+
+    def ask(path: str) -> dict[str, Any]:
         connection = http.client.HTTPConnection(address, timeout=PATIENCE)
-        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-            connection.request("GET", "/weave/3")
-            answer = json.loads(connection.getresponse().read())
-            assert answer["value"] == 36
-            if answer["version"] == version:  # the one before may answer while it ends, its links closed
-                assert answer["dials"] == [1]
-                found.append(answer["pid"])
-        return bool(found)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+            return answer
 
-    until(ask)
-    return found[0]
+    def is_there() -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return bool(ask("/about")["version"] == version)
+        return False
+
+    until(is_there)
+    answer = ask("/weave/3")
+    assert (answer["value"], answer["version"], answer["dials"]) == (36, version, [1])
+    return int(answer["pid"])
