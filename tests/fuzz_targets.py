@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import pickle
 import socket
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from wove_ws_sync import HandshakeRejected, _handshake, frames, payloads, security
+from wove_ws_sync import HandshakeRejected, _handshake, _seal, frames, payloads, security
 from wove_ws_sync._wire import Wire
 from wove_ws_sync.options import LinkOptions
 from wove_ws_sync.timing import Clock, Deadline
@@ -26,6 +27,7 @@ from wove_ws_sync.worker.greeting import SMALLEST_LIMIT, Greeting
 
 SECRET = "pL4nted-secret-uG7"
 LIMIT = 64 * 1024
+_SEALED = b'{"type":"shutdown"}'
 # Of no use to a peer: what is signed is over before anybody else could use it.
 _KEY = bytes(16)
 ACCEPT = base64.b64encode(
@@ -147,6 +149,28 @@ def frame_stream(data: bytes) -> None:
         transport.dispose()
 
 
+def sealed_stream(data: bytes) -> None:
+    """A host reads *data* as frames of a sealed connection: nobody without the keys gets a message in."""
+    keys = _seal.derive_keys(b"host", b"this connection", of_host=True)
+    answer = _handshake.Answer(frozenset({"seal"}), None, keys=keys)
+    with _wire(data) as wire:
+        transport = WebSocketTransport(wire, answer, _OPTIONS, Clock())
+        with contextlib.suppress(TransportClosed):
+            raise AssertionError(f"a message that nobody sealed was opened: {transport.recv()!r}")
+        transport.dispose()
+
+
+def sealed_message(data: bytes) -> None:
+    """A worker opens *data*, or the right message with those bits flipped: only the right one opens."""
+    right = _seal.derive_keys(b"both", b"this connection", of_host=True).outgoing.seal(_SEALED)
+    for box in (data, bytes(one ^ other for one, other in itertools.zip_longest(right, data, fillvalue=0))):
+        way = _seal.derive_keys(b"both", b"this connection", of_host=False).incoming
+        try:
+            assert way.open(box) == _SEALED and box == right
+        except _seal.BrokenSeal:
+            assert box != right
+
+
 def command_message(data: bytes) -> None:
     """A worker reads *data* as a command; nothing is unpickled by that."""
     del LOADED[:]
@@ -264,6 +288,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         response_head,
         event_message,
         frame_stream,
+        sealed_stream,
+        sealed_message,
         command_message,
         greeting,
         credentials,

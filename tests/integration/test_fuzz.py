@@ -130,6 +130,16 @@ def test_the_planted_pickle_tells() -> None:
 def test_streams_of_frames(data: bytes, behind: bytes, cut: int | None) -> None:
     """Frames in any order, with any bits, claims of any length, cut anywhere."""
     fuzz_targets.frame_stream((data + behind)[:cut])
+    fuzz_targets.sealed_stream((data + behind)[:cut])
+
+
+@fuzzed(200)
+@given(st.binary(max_size=60))
+@example(b"")
+@example(bytes(40))
+def test_sealed_messages(data: bytes) -> None:
+    """Whatever is sent, and whatever is done to the bits of what was sealed."""
+    fuzz_targets.sealed_message(data)
 
 
 # A stranger at the worker's door
