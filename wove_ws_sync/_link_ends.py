@@ -50,6 +50,7 @@ class LinkEnds(LinkCore):
                 effects += self._table.forsake()
         else:
             connection.error = exc
+            self._table.dial_error = same_error(exc)
             if is_final(exc):
                 self._reconnect.refused(exc, now)
         successor = None

@@ -146,6 +146,7 @@ class LinkThreads(LinkEnds):
             now = connection.up_since = self._clock.monotonic()
             self._counts["connects"] += 1
             self._sealed = self._sealed or "seal" in (transport.features or ())
+            self._table.dial_error = None
             self._table.heartbeat_factor = 1.0 if transport.features is not None else 2.0
             stoppable = transport.cancels
             self._table.stops_running = stoppable is None or not stoppable.isdisjoint(_RUNNING)

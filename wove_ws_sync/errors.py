@@ -99,7 +99,8 @@ class DeliveryTimeout(_Details, wove.DeliveryTimeoutError, TimeoutError):
     """Tell that a run missed its ``delivery_timeout`` or its heartbeats.
 
     ``cancel_acknowledged`` says whether the worker confirmed the cancellation that
-    followed, ``late_result`` whether a result came after the deadline and was dropped.
+    followed, ``late_result`` whether a result came after the deadline and was dropped. The
+    ``__cause__`` of a run that no connection carried is what the last dial ended with.
     """
 
     def __init__(

@@ -59,6 +59,8 @@ class RunTable:
         self._runs, self._line, self._alarms = self._book.runs, self._book.line, self._book.alarms
         #: Whether the worker may be able to stop a task that has begun.
         self.stops_running = True
+        #: Why there is no connection: what the last dial ended with, None while there is one.
+        self.dial_error: BaseException | None = None
         self.dropped: Counter[str] = Counter()
         self.counts = self._book.counts
 
@@ -232,6 +234,8 @@ class RunTable:
         else:
             return []
         run.timeout = DeliveryTimeout(text, run_id=run.run_id)
+        if run.generation is None:
+            run.timeout.__cause__ = self.dial_error
         if run.withdraw():
             return self._book.time_out(run)
         awaited = run.delivery.delivery_cancel_mode == "require_ack" and not self._is_unstoppable(run)

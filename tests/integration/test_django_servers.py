@@ -89,8 +89,8 @@ def test_runserver_reloads(tmp_path: Path) -> None:
 def _answering(address: str, version: str) -> int:
     """Have this version of the project run a weave, once it answers; return its process.
 
-    Nothing else runs one: a process that ends would dial again for it. Such a process may refuse, hang up or stop
-    within an answer, whose body is empty then.
+    Nothing else runs one: a process that ends would dial again for it. Such a process may refuse, hang up or
+    stop within an answer, whose body is empty then.
     """
 
     def ask(path: str) -> dict[str, Any]:

@@ -398,11 +398,15 @@ def test_everything_from_woves_configuration(worker: LoopbackWorker) -> None:
 
 
 def test_a_worker_that_is_not_there(worker: LoopbackWorker) -> None:
-    """The future says so; submit itself does not raise."""
+    """The future says so; submit does not raise. A run that waits until its deadline has it as cause."""
     with WebSocketExecutor("ws://127.0.0.1:1/wove") as pool:
         future = pool.submit(mul, 1, 1)
         with pytest.raises(ConnectionRefusedError):
             future.result(WAIT)
+        patient = pool.with_options(delivery_timeout=0.3).submit(mul, 1, 1)
+        with pytest.raises(DeliveryTimeout, match="Delivery timeout exceeded") as late:
+            patient.result(WAIT)
+        assert isinstance(late.value.__cause__, ConnectionRefusedError)
     close_links()
 
 

@@ -135,6 +135,28 @@ def test_every_error_is_documented() -> None:
             assert ancestor.rpartition(".")[2] in {base.__name__ for base in kind.__mro__[1:]}, name
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "",
+        ".contrib.celery",
+        ".contrib.django",
+        ".contrib.django.testing",
+        ".contrib.joblib",
+        ".otel",
+        ".testing",
+    ],
+)
+def test_every_public_name_is_in_the_reference(module: str) -> None:
+    """What the changelog calls public is described by a directive, or by that of its module."""
+    pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    described = set(re.findall(r"^\.\. (?:auto|py:)\w+:: (\S+)$", pages, flags=re.MULTILINE))
+    where = importlib.import_module(f"wove_ws_sync{module}")
+    constants = {"DEFAULT_ALIAS", "NAME", "__version__"}
+    names = {f"{where.__name__}.{name}" for name in set(where.__all__) - constants}
+    assert where.__name__ in described or names <= described
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_the_command_line_is_documented(command: str) -> None:
     """reference/cli has a section for each command, with its options and no others."""
