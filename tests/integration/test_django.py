@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -281,7 +282,8 @@ def test_connections_are_looked_after_around_each_task(worker: DjangoWorker) -> 
 
 def test_coroutines_do_not_close_each_others_connections(worker: DjangoWorker) -> None:
     """One that is in the middle of its rows goes on after others have come and gone."""
-    Order.objects.bulk_create([Order(amount=1) for _ in range(3)])
+    for _ in range(3):
+        Order.objects.create(amount=1)
     reader = executor.submit(django_work.reads_rows)
     for last in (False, True):
         executor.submit(django_work.comes_between, last).result(WAIT)
@@ -468,6 +470,23 @@ def test_an_unknown_result_does_not_exist() -> None:
 
 
 def test_tasks_run_at_once_in_tests() -> None:
+    with immediate():
+        result = django_work.add.enqueue(20, 3)
+        result.refresh()
+        assert result.return_value == 23
+
+
+def test_a_task_of_another_version_of_django(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its dataclass asks for besides is for who enqueues: Django 6.0 wants a ``run_after``."""
+    backend = type(django_work.add.get_backend())
+    older = dataclasses.make_dataclass(
+        "Older",
+        [("run_after", Any), ("one_more", Any)],
+        bases=(backend.task_class,),
+        frozen=True,
+        kw_only=True,
+    )
+    monkeypatch.setattr(backend, "task_class", older)
     with immediate():
         result = django_work.add.enqueue(20, 3)
         result.refresh()

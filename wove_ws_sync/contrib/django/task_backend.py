@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import datetime
 import os
 import socket
@@ -155,8 +156,7 @@ def run_task(backend: str, order: dict[str, Any]) -> dict[str, Any]:
     """Run a task in the worker service and return what became of it; sends the signals there."""
     sender = import_string(backend)
     kit: Kit = sender.kit
-    found = import_string(order["path"])
-    task = sender.task_class(func=getattr(found, "func", found), **order["task"])
+    task = _task(sender.task_class, order)
     result = kit.task_result(
         task=task,
         status=kit.status.RUNNING,
@@ -186,6 +186,14 @@ def run_task(backend: str, order: dict[str, Any]) -> dict[str, Any]:
         "errors": [(error.exception_class_path, error.traceback) for error in result.errors],
         "worker_ids": result.worker_ids,
     }
+
+
+def _task(kind: Any, order: dict[str, Any]) -> Any:
+    """Return the task of an *order*; what this version of Django asks for besides is for who enqueues it."""
+    found = import_string(order["path"])
+    known = {"func": getattr(found, "func", found), **order["task"]}
+    needed = (field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
+    return kind(**{**dict.fromkeys(needed), **known})
 
 
 def _order(result: Any) -> dict[str, Any]:
