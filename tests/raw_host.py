@@ -124,10 +124,14 @@ class RawHost:
         return self._events.popleft()
 
     def wait(self, run_id: str = "r", kind: str | None = None) -> list[dict[str, Any]]:
-        """Return the events of *run_id* up to its terminal one (or to one of *kind*)."""
+        """Return the events of *run_id* up to its terminal one (or to one of *kind*); drop those of others.
+
+        TimeoutError if it does not come, whatever else does.
+        """
         found = []
+        end = time.monotonic() + 3 * PATIENCE
         while True:
-            event = self.event()
+            event = self.event(min(PATIENCE, max(0.0, end - time.monotonic())))
             if event.get("run_id") == run_id:
                 found.append(event)
                 if event["type"] == kind or event["type"] in TERMINAL:

@@ -72,11 +72,18 @@ def test_a_server_of_a_page_serves_and_ends(
     else:
         args += ["--bind", "fd://FD"]
     with WebServer(tmp_path, [str(SCRIPTS / program), *args], worker, files=["uwsgi.ini"]) as server:
-        assert server.ask_all(["/"] * 8) == [{"power": 1024, "total": 45}] * 8
-        assert 1 <= hosts(worker)[0] <= 2
+        until(lambda: _used_by_both(server, worker))
         status, log = server.stop()
     assert status == 0 and "Traceback" not in log, log
     until(lambda: hosts(worker)[0] == 0)
+
+
+def _used_by_both(server: WebServer, worker: LoopbackWorker) -> bool:
+    """Send requests; tell whether both processes have answered: uWSGI's do not hear a signal before that."""
+    assert server.ask_all(["/"] * 8) == [{"power": 1024, "total": 45}] * 8
+    connected = hosts(worker)[0]
+    assert 1 <= connected <= 2
+    return connected == 2
 
 
 def test_the_program_of_the_page_on_gevent(tmp_path: Path, worker: LoopbackWorker) -> None:
