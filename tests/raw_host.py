@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -78,6 +78,9 @@ class RawHost:
         )
         self.messages: list[bytes] = []
         self._events: collections.deque[dict[str, Any]] = collections.deque()
+        # What wait() saw for other runs, by their id.
+        self._passed: collections.defaultdict[str | None, collections.deque[dict[str, Any]]]
+        self._passed = collections.defaultdict(collections.deque)
 
     @property
     def features(self) -> list[str]:
@@ -124,18 +127,29 @@ class RawHost:
         return self._events.popleft()
 
     def wait(self, run_id: str = "r", kind: str | None = None) -> list[dict[str, Any]]:
-        """Return the events of *run_id* up to its terminal one (or to one of *kind*); drop those of others.
+        """Return the events of *run_id* up to its terminal one (or to one of *kind*).
 
-        TimeoutError if it does not come, whatever else does.
+        What comes for other runs meanwhile is for their own wait(), but for heartbeats. TimeoutError if
+        the event does not come, whatever else does.
         """
         found = []
+        for event in self._of(run_id):
+            found.append(event)
+            if event["type"] == kind or event["type"] in TERMINAL:
+                break
+        return found
+
+    def _of(self, run_id: str) -> Iterator[dict[str, Any]]:
         end = time.monotonic() + 3 * PATIENCE
         while True:
+            if self._passed[run_id]:
+                yield self._passed[run_id].popleft()
+                continue
             event = self.event(min(PATIENCE, max(0.0, end - time.monotonic())))
             if event.get("run_id") == run_id:
-                found.append(event)
-                if event["type"] == kind or event["type"] in TERMINAL:
-                    return found
+                yield event
+            elif event["type"] != "heartbeat":
+                self._passed[event.get("run_id")].append(event)
 
     def notice(self, kind: str) -> dict[str, Any]:
         """Return the next frame, which must be a notice of that kind."""

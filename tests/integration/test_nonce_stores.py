@@ -344,7 +344,8 @@ class TestFile:
         with pytest.raises(NonceStoreError, match="must not be writable for others"):
             FileNonces(folder / "nonces").open()
         folder.chmod(0o700)
-        FileNonces(folder / "nonces").open()
+        with contextlib.closing(FileNonces(folder / "nonces")) as nonces:
+            nonces.open()
 
     def test_a_directory_that_cannot_be_written_is_told(self, tmp_path: Path) -> None:
         """With the reason of the system; as another user where the tests run as root."""
