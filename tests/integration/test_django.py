@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -346,6 +347,19 @@ def test_what_was_lost_after_the_commit_is_logged(caplog: pytest.LogCaptureFixtu
     with override_settings(WOVE_WS={"default": NOWHERE}), caplog.at_level(logging.ERROR, "wove_ws_sync.host"):
         submit_on_commit(abs, -1)
         until(lambda: "submitted on commit, failed: DeliveryTimeout" in caplog.text)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a transaction", "without one"])
+def test_a_robust_submission_that_fails_is_logged_and_harms_nobody(
+    inside: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without its secret an alias cannot be used: Django logs that, without the arguments, and goes on."""
+    monkeypatch.delenv("WOVE_WORKER_SECRET")
+    with caplog.at_level(logging.ERROR, "django"), transaction.atomic() if inside else nullcontext():
+        submit_on_commit(print, "an argument", robust=True)
+    [record] = caplog.records
+    assert record.exc_info is not None and record.exc_info[0] is ImproperlyConfigured
+    assert "submit_on_commit" in record.getMessage() and "an argument" not in caplog.text
 
 
 # -- tests of a project ----------------------------------------------------------------------

@@ -5,7 +5,6 @@ Owns: :func:`submit_on_commit`. Never: waits for the run.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import threading
@@ -40,7 +39,10 @@ def submit_on_commit(
     unless the alias says otherwise the run goes on when this process ends (``delivery_orphan_policy``
     "detach"). Pass ids, not model instances, as they are read after the commit.
     """
-    submit = functools.partial(_submit, alias, fn, args, kwargs)
+
+    def submit() -> None:  # no partial: when a robust one fails, Django asks for its __qualname__
+        left_alone(alias).submit(fn, *args, **kwargs).add_done_callback(_tell)
+
     transaction.on_commit(submit, using=using, robust=robust)
 
 
@@ -49,10 +51,6 @@ def left_alone(alias: str) -> WebSocketExecutor:
     if "delivery_orphan_policy" in conf.read(alias).delivery:
         return executors[alias]
     return executors[alias].with_options(delivery_orphan_policy="detach")
-
-
-def _submit(alias: str, fn: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    left_alone(alias).submit(fn, *args, **kwargs).add_done_callback(_tell)
 
 
 def _tell(future: Any) -> None:
