@@ -20,6 +20,7 @@ __all__ = [
     "Check",
     "context_vars",
     "flag",
+    "map_sizes",
     "one_of",
     "or_none",
     "path",
@@ -141,3 +142,13 @@ def one_of(*known: str) -> Check:
 def or_none(check: Check) -> Check:
     """Return *check* for a value that may be None."""
     return lambda label, value, remedy: None if value is None else check(label, value, remedy)
+
+
+def map_sizes(chunksize: int, buffersize: int | None) -> None:
+    """Raise what ``map()`` raises for sizes that are none."""
+    if chunksize < 1:
+        raise ValueError("chunksize must be >= 1.")
+    if buffersize is not None and (not isinstance(buffersize, int) or isinstance(buffersize, bool)):
+        raise TypeError("buffersize must be an integer or None")
+    if buffersize is not None and buffersize < 1:
+        raise ValueError("buffersize must be None or > 0")

@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 from wove.runtime import runtime
 
 from . import _fork, _variables, security
+from ._checks import map_sizes
 from ._executor_core import ExecutorCore, Owner
 from ._observe import OnEvent
 from ._run_future import RunFuture
@@ -143,12 +144,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
         *buffersize* limits the runs submitted ahead of the consumer (None: all at once).
         Runs not yet consumed are cancelled when the iterator is closed.
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None and (not isinstance(buffersize, int) or isinstance(buffersize, bool)):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
+        map_sizes(chunksize, buffersize)
         if chunksize > 1 and self._core.options.result_format == "json":
             raise ValueError("chunksize must be 1 with result_format='json': a chunk has no name.")
         ends_at = None if timeout is None else time.monotonic() + timeout

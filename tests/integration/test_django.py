@@ -400,6 +400,24 @@ def test_immediate_refuses_what_would_not_travel() -> None:
             executor.submit(threading.Lock).result()
 
 
+def test_immediate_maps_what_has_no_end() -> None:
+    """It takes ``buffersize`` items and then as many as are asked for, and refuses what is no size."""
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(1000):  # the test ends if the executor does not
+            taken.append(number)
+            yield number
+
+    with immediate():
+        results = executor.map(abs, numbers(), buffersize=2)
+        assert taken == [0, 1]
+        assert [next(results) for _ in range(4)] == [0, 1, 2, 3] and taken == [0, 1, 2, 3]
+        for wrong in ({"chunksize": 0}, {"buffersize": 0}):
+            with pytest.raises(ValueError, match="must be"):
+                executor.map(abs, [1], **wrong)
+
+
 def test_immediate_is_shut_like_any_other() -> None:
     with immediate():
         pool = executors["default"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 from uuid import uuid4
@@ -17,6 +18,7 @@ from asgiref.sync import async_to_sync
 
 from ... import current, payloads
 from ..._carry import Carrier
+from ..._checks import map_sizes
 from ..._observe import OnEvent
 from ..._progress import Progress
 from ...errors import ExecutorClosed
@@ -88,9 +90,12 @@ class ImmediateExecutor(WebSocketExecutor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[_T]:
-        """Return an iterator over the results, which are there."""
-        results = [self.submit(fn, *item) for item in zip(*iterables)]  # noqa: B905  # as the standard library
-        return (future.result() for future in results)
+        """Return an iterator over the results; beyond *buffersize* a call waits for its ``next()``."""
+        map_sizes(chunksize, buffersize)
+        items = zip(*iterables)  # noqa: B905  # as the standard library
+        called = [self.submit(fn, *item) for item in itertools.islice(items, buffersize)]
+        later = (self.submit(fn, *item) for item in items)
+        return (future.result() for future in itertools.chain(called, later))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more work."""
