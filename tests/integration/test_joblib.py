@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -17,7 +18,7 @@ from engine_tasks import hold_until, square
 from fault_helpers import WAIT, python, until
 from joblib import Parallel, delayed, parallel_config
 
-from wove_ws_sync import WebSocketExecutor
+from wove_ws_sync import DeliveryTimeout, WebSocketExecutor
 from wove_ws_sync.contrib.joblib import WoveBackend, register
 from wove_ws_sync.testing import LoopbackWorker
 
@@ -114,6 +115,19 @@ def test_how_many_runs_n_jobs_means(worker: LoopbackWorker) -> None:
         assert [joblib.effective_n_jobs(n) for n in (-1, -2, -99)] == [10, 9, 1]
         with pytest.raises(ValueError, match="n_jobs == 0"):
             joblib.effective_n_jobs(0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"slots": 1}, {"url": "ws://127.0.0.1:1/wove", "delivery_timeout": 0.2}], ids=["one", "down"]
+)
+def test_nothing_stays_of_a_call_that_submits_nothing(
+    worker: LoopbackWorker, settings: dict[str, Any]
+) -> None:
+    """joblib ends no backend that it did not use: with one job, or if nobody says how many there are."""
+    with parallel_config("wove_ws", **{**worker.config, **settings}):
+        with pytest.raises(DeliveryTimeout) if "url" in settings else contextlib.nullcontext():
+            assert Parallel()(delayed(square)(n) for n in range(9)) == SQUARES[:9]
+    until(lambda: not any(thread.name.startswith("wove-ws-joblib") for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize("settings", [{"slots": 0}, {"slots": True}, {"slots": "4"}])

@@ -100,16 +100,20 @@ class WoveBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
     def configure(
         self, n_jobs: int = 1, parallel: Any = None, prefer: Any = None, require: Any = None, **settings: Any
     ) -> int:
-        """Get ready for a call of Parallel; *settings* are added to those of the backend."""
+        """Get ready for a call of Parallel; *settings* are added to those of the backend.
+
+        For a single run at a time nothing is needed: joblib calls the tasks in this thread then.
+        """
         self.parallel = parallel
         own = {key: value for key, value in settings.items() if key not in _LOCAL}
         self._settings = {**self._settings, **own}
-        if self._pool is None:
+        jobs = self.effective_n_jobs(n_jobs)  # joblib does not call terminate() if this fails, nor for 1
+        if self._pool is None and jobs > 1:
             self._pool = self._given or WebSocketExecutor(**self._settings)
             self._ended = SimpleQueue()
             name = f"wove-ws-joblib-{next(_numbers)}"
             threading.Thread(target=_tell, args=(self._ended,), name=name, daemon=True).start()
-        return self.effective_n_jobs(n_jobs)
+        return jobs
 
     def submit(self, func: Callable[[], Any], callback: _Callback | None = None) -> RunFuture[Any]:
         """Send one batch; *callback* is called with its future in a thread of the backend's."""
