@@ -107,7 +107,7 @@ def test_parallel_inside_of_a_task_is_sequential(worker: LoopbackWorker) -> None
 def test_how_many_runs_n_jobs_means(worker: LoopbackWorker) -> None:
     """-1 is the CPUs over there, or what ``slots`` says; one run asks, once."""
     with WebSocketExecutor(**worker.config) as pool:
-        cpus = pool.submit(joblib.cpu_count).result(WAIT)
+        cpus = max(2, pool.submit(joblib.cpu_count).result(WAIT))
         with parallel_config("wove_ws", executor=pool):
             assert joblib.effective_n_jobs(-1) == cpus
             assert joblib.effective_n_jobs(7) == 7
@@ -115,6 +115,15 @@ def test_how_many_runs_n_jobs_means(worker: LoopbackWorker) -> None:
         assert [joblib.effective_n_jobs(n) for n in (-1, -2, -99)] == [10, 9, 1]
         with pytest.raises(ValueError, match="n_jobs == 0"):
             joblib.effective_n_jobs(0)
+
+
+def test_a_worker_with_one_cpu_is_used() -> None:
+    """With one job joblib would call the tasks in this process."""
+    register()
+    with LoopbackWorker(env={"LOKY_MAX_CPU_COUNT": "1"}) as small, parallel_config("wove_ws", **small.config):
+        assert Parallel()(delayed(_pid_and_square)(n) for n in range(3)) == [
+            (small.pid, n * n) for n in range(3)
+        ]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class WoveBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
 
     *executor* is one to use, which stays open; else *settings* are those of :class:`WebSocketExecutor`,
     and without them the ``WOVE_WS_*`` variables. *slots* is what ``n_jobs=-1`` means; by default
-    the CPUs that a task may use there, which one run finds out.
+    the CPUs that a task may use there, which one run finds out, and 2 at least.
     """
 
     supports_retrieve_callback = True
@@ -94,7 +94,8 @@ class WoveBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
             return n_jobs
         if self._slots is None:
             with self._some_executor() as pool:
-                self._slots = pool.submit(joblib.cpu_count).result()
+                # With a single slot joblib would not ask the worker service, but call the tasks here.
+                self._slots = max(2, pool.submit(joblib.cpu_count).result())
         return max(1, self._slots + 1 + n_jobs)
 
     def configure(
