@@ -15,8 +15,10 @@ from wove_ws_sync import current_run
 
 if VERSION >= (6,):
     from django.tasks import task
+    from django.tasks.signals import task_finished
 else:
     from django_tasks import task
+    from django_tasks.signals import task_finished
 
 
 def connected_before() -> tuple[int, bool]:
@@ -98,6 +100,11 @@ def add(first: int, second: int) -> int:
 
 
 @task
+def leaves() -> None:
+    raise SystemExit("as it was told")
+
+
+@task
 def breaks() -> None:
     raise ValueError("as it was told")
 
@@ -115,3 +122,19 @@ async def waits(number: int) -> int:
 @task
 def stops_at_nothing() -> None:
     threading.Event().wait(60)
+
+
+finished: list[tuple[str, str]] = []
+
+
+def note_finished(sender: Any, task_result: Any, **_: Any) -> None:
+    finished.append((task_result.id, task_result.status))
+
+
+def listen() -> None:
+    """Have ``finished`` tell what this process hears of tasks that have ended."""
+    task_finished.connect(note_finished)
+
+
+def heard() -> list[tuple[str, str]]:
+    return finished

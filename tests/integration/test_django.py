@@ -472,6 +472,14 @@ def test_a_task_that_fails_says_why(worker: DjangoWorker) -> None:
     assert result.errors[0].exception_class is ValueError and "as it was told" in result.errors[0].traceback
 
 
+def test_a_task_that_leaves_has_finished(worker: DjangoWorker) -> None:
+    """``sys.exit()`` in a task is a failure that ``task_finished`` tells of, as it is with Django itself."""
+    executor.submit(django_work.listen).result(WAIT)
+    result = _finished(django_work.leaves.enqueue())
+    assert result.status == "FAILED" and result.errors[0].exception_class is SystemExit
+    assert (result.id, "FAILED") in executor.submit(django_work.heard).result(WAIT)
+
+
 def test_a_task_that_nobody_can_take_is_an_error_of_enqueue() -> None:
     """There is no queue on disk: what cannot be handed over is not taken."""
     with override_settings(WOVE_WS={"default": NOWHERE}), pytest.raises(ConnectionRefusedError):

@@ -173,7 +173,9 @@ def run_task(backend: str, order: dict[str, Any]) -> dict[str, Any]:
     try:
         value = kit.normalize_json(task.call(*first, *result.args, **result.kwargs))
         _set(result, status=kit.status.SUCCESSFUL, _return_value=value)
-    except Exception as exc:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # be it SystemExit, as in Django's own backends
         result.errors.append(_error(kit, exc))
         _set(result, status=kit.status.FAILED)
     _set(result, finished_at=timezone.now())
