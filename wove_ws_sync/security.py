@@ -56,7 +56,7 @@ def link_options(config: Mapping[str, Any]) -> LinkOptions:
     A configuration that was found right is not checked again.
     """
     try:
-        key = hashlib.blake2b(marshal.dumps(dict(config)), key=_SALT).digest()
+        key = hashlib.blake2b(_marshalled(config), key=_SALT).digest()
     except (ValueError, TypeError):  # holds something else than plain values: a path, say
         return _checked_options(config)
     options = _known.get(key)
@@ -66,6 +66,13 @@ def link_options(config: Mapping[str, Any]) -> LinkOptions:
             _known.clear()
         _known[key] = options
     return options
+
+
+def _marshalled(config: Mapping[str, Any]) -> bytes:
+    """Return the bytes of plain values; dictionaries may be of a kind that does not show its values."""
+    return marshal.dumps(
+        {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    )
 
 
 def _checked_options(config: Mapping[str, Any]) -> LinkOptions:

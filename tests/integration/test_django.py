@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, transaction
 from django.test import Client, override_settings
 from django.utils.connection import ConnectionDoesNotExist
+from django.views.debug import ExceptionReporter
 from fault_helpers import WAIT, link_of, python, until
 from jobs import tasks as job_tasks
 from jobs.models import Order
@@ -251,6 +253,39 @@ def test_a_sync_view_runs_a_weave_at_the_worker(worker: DjangoWorker) -> None:
         }
     assert client.get("/total/5/").json() == {"total": 30}
     assert len(links()) == 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"SECURITY": {"secret": "planted" * 5}},
+        {"SECURITY": {"keys": [{"key": "first", "secret": "planted" * 5}]}},
+        {"HEADERS": {"X-Who": "planted"}},
+        {"SECURITY": {"secret": "planted" * 5}, "PING_INTERVAL": -1},
+    ],
+    ids=["secret", "keys", "header", "wrong value"],
+)
+def test_error_reports_of_django_show_no_secret(keys: dict[str, Any]) -> None:
+    """A report, which is mailed to the admins, has the local variables of every frame, Wove's too."""
+    with override_settings(WOVE_WS={"default": {**NOWHERE, **keys, "ENVIRONMENT": "workers"}}):
+        try:
+            executors["default"]
+            with wove.weave(environment="workers") as w:
+                w.do(job_tasks.where)
+        except (ConnectionError, ImproperlyConfigured):
+            report = ExceptionReporter(None, *sys.exc_info())
+    frames = [frame for frame in report.get_traceback_data()["frames"] if frame["filename"] != __file__]
+    shown = [str(frame.get("vars")) for frame in frames]
+    assert not [text for text in shown if "planted" in text]
+    assert any("not shown" in text for text in shown)
+
+
+def test_an_alias_with_a_secret_of_its_own_is_checked_once() -> None:
+    """Each weave asks for the options of its alias; they are remembered, though its secret is not shown."""
+    with override_settings(WOVE_WS={"default": {**NOWHERE, "SECURITY": {"secret": "planted" * 5}}}):
+        config = conf.read("default").executor_config
+    assert "planted" not in repr(config)
+    assert wove_ws_sync.security.link_options(config) is wove_ws_sync.security.link_options(config)
 
 
 def test_a_worker_that_is_down_is_one_exception_within_the_deadline_and_the_site_recovers() -> None:

@@ -50,6 +50,17 @@ KEYS = frozenset(_LINK_KEYS | _DELIVERY_KEYS | _OWN_KEYS)
 _TAKEN = "worker"
 
 
+# May hold secrets.
+_UNSHOWN = ("SECURITY", "HEADERS")
+
+
+class _Unshown(dict[Any, Any]):
+    """What is shown without its values: Django's error reports have every local variable."""
+
+    def __repr__(self) -> str:
+        return f"<{', '.join(map(str, self))}: not shown>"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Alias:
     """What is set for one alias. ``given`` are the keys that are set, ``variables`` those by a variable."""
@@ -100,6 +111,7 @@ def read(name: str) -> Alias:
     if not values.get("VARIABLES", True):
         named = {}
     values = {**values, **_from_variables(named)}
+    values |= {key: _Unshown(values[key]) for key in _UNSHOWN if isinstance(values.get(key), dict)}
     backend = values.get("BACKEND", "websocket")
     if backend not in BACKENDS:
         raise ImproperlyConfigured(
