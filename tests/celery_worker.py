@@ -15,7 +15,7 @@ from typing import Any
 
 import celery_files
 from celery import Celery
-from fault_helpers import WAIT, until
+from fault_helpers import WAIT, search_path, until
 from prometheus_client.parser import text_string_to_metric_families
 from service_thread import fetch
 
@@ -95,8 +95,7 @@ def celery_worker(
     }
     command = [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel", "info"]
     command += ["--without-gossip", "--without-mingle", "--without-heartbeat", *args]
-    search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    env = {**os.environ, "PYTHONPATH": search_path, "WOVE_WS_TEST_CELERY": json.dumps(conf), **(env or {})}
+    env = {**os.environ, "PYTHONPATH": search_path(), "WOVE_WS_TEST_CELERY": json.dumps(conf), **(env or {})}
     log = folder / "worker.log"
     client = Celery(app, set_as_current=False)
     client.conf.update(conf)

@@ -10,7 +10,7 @@ import tempfile
 import threading
 from types import TracebackType
 
-from fault_helpers import until
+from fault_helpers import search_path, until
 
 __all__ = ["DaskCluster"]
 
@@ -85,7 +85,7 @@ class DaskCluster:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": search_path()},
         )
 
 

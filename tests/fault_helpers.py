@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import wove_ws_sync
 from wove_ws_sync import WebSocketExecutor
 from wove_ws_sync.link import Link
 
@@ -21,6 +22,12 @@ WAIT = 60.0
 # What a machine under load may add to any deadline, in seconds.
 GRACE = 5.0
 MIB = 1024 * 1024
+
+
+def search_path() -> str:
+    """Return the PYTHONPATH with which any process imports what this one can, an editable install too."""
+    found = [entry or os.getcwd() for entry in sys.path]
+    return os.pathsep.join([*found, str(Path(wove_ws_sync.__file__).parents[1])])
 
 
 def resident(pid: int | str = "self") -> int:
@@ -72,13 +79,12 @@ def python(
     timeout: float = WAIT,
 ) -> tuple[str, str, int]:
     """Run *code* in a Python process with this one's search path; return output, errors and exit code."""
-    search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with subprocess.Popen(
         [*prefix, sys.executable, *flags, "-c", textwrap.dedent(code), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": search_path, **(env or {})},
+        env={**os.environ, "PYTHONPATH": search_path(), **(env or {})},
     ) as process:
         try:
             out, err = process.communicate(timeout=timeout)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fault_helpers import search_path
+
 from wove_ws_sync.testing import LoopbackWorker
 
 # Only a failing test spends it, in seconds.
@@ -86,7 +88,7 @@ class Script:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # its children end with it
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+            env={**os.environ, "PYTHONPATH": search_path()},
         )
 
     def expect(self, *lines: str) -> None:

@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fault_helpers import search_path
 from script_host import PATIENCE
 
 from wove_ws_sync.testing import LoopbackWorker
 
-__all__ = ["UWSGI", "WebServer", "connections", "holdings", "hosts", "metric", "search_path", "surroundings"]
+__all__ = ["UWSGI", "WebServer", "connections", "holdings", "hosts", "metric", "surroundings"]
 
 UWSGI = Path(sys.executable).with_name("uwsgi")
 _ESTABLISHED = "01"
@@ -109,11 +110,6 @@ class WebServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def search_path() -> str:
-    """Return the PYTHONPATH with which a process imports what this one can."""
-    return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
 
 
 def surroundings(worker: LoopbackWorker, folder: Path) -> dict[str, str]:

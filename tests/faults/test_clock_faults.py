@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_helpers import WAIT, link_of, until
+from fault_helpers import WAIT, link_of, search_path, until
 
 from wove_ws_sync import AuthenticationRejected, WebSocketExecutor
 from wove_ws_sync.testing import LoopbackWorker
@@ -69,7 +69,7 @@ def clock(tmp_path: Path) -> WallClock:
     """A wall clock of the test's own."""
     folder = tmp_path / "clock"
     folder.mkdir()
-    return WallClock(folder, os.pathsep.join(entry or os.getcwd() for entry in sys.path))
+    return WallClock(folder, search_path())
 
 
 def nap(seconds: float) -> float:
@@ -138,14 +138,13 @@ def test_f32_the_hosts_clock_jumps(clock: WallClock, hours: int) -> None:
     """No deadline, heartbeat or ping notices; a new handshake is refused, and the worker's log says why."""
     with LoopbackWorker(workers=4) as worker:
         secret = (worker.security or {})["secret"]
-        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(HOST), worker.url, secret],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": search_path, **clock.env},
+            env={**os.environ, "PYTHONPATH": search_path(), **clock.env},
         ) as host:
             try:
                 assert host.stdout is not None

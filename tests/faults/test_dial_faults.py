@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import trustme
-from fault_helpers import WAIT, link_of, own_threads, python, until
+from fault_helpers import WAIT, link_of, own_threads, python, search_path, until
 from fault_proxy import FaultProxy
 from scripted_worker import ScriptedWorker, result, task
 from ws_peer import TEXT, Listener, Peer, dial_to, dialled, frame, options_for
@@ -131,14 +131,13 @@ def test_f38_no_descriptor_for_the_next_dial(worker: LoopbackWorker) -> None:
         close_links()
         assert threads() == []
     """)
-    search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with FaultProxy(worker.url) as proxy:
         with subprocess.Popen(
             [sys.executable, "-c", code, proxy.url_for(worker.url), secret_of(worker)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": search_path},
+            env={**os.environ, "PYTHONPATH": search_path()},
         ) as host:
             try:
                 assert host.stdout is not None

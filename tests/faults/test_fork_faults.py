@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_helpers import search_path
 from script_host import PATIENCE, QUIET, Proxy, Script, scripts
 
 from wove_ws_sync.testing import LoopbackWorker
@@ -481,7 +482,7 @@ class Server:
                 "HOME": str(folder),
                 "LOADED": str(loaded),
                 "GO_ON": str(go_on),
-                "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+                "PYTHONPATH": search_path(),
                 "URL": target.url,
                 "SECRET": (target.security or {})["secret"],
                 "EARLY": "1" if early else "",

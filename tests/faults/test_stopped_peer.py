@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import wove
+from fault_helpers import search_path
 from scripted_worker import face_on, run_frame
 from wove import weave
 
@@ -335,7 +336,7 @@ def test_f46_a_suspended_host_does_not_kill_a_healthy_run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
     )
     try:
         assert process.stdout is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_helpers import WAIT, until
+from fault_helpers import WAIT, search_path, until
 from fault_proxy import FaultProxy
 from ledger import executions, record_and_hold
 from wove.environment import EnvironmentExecutionError
@@ -66,14 +66,13 @@ def test_a_run_outlives_its_process(worker: LoopbackWorker, ledger: Path) -> Non
     """The process ends, its run does not; another one with the key gets the result, once."""
     assert worker.security is not None
     gate = ledger.parent / "gate"
-    search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     arguments = [worker.url, worker.security["secret"], str(ledger), str(gate)]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), *arguments],
         capture_output=True,
         text=True,
         timeout=WAIT,
-        env={**os.environ, "PYTHONPATH": search_path},
+        env={**os.environ, "PYTHONPATH": search_path()},
         check=True,
     )
     run_id = done.stdout.strip()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from celery_worker import CeleryWorker, celery_worker, connections
-from fault_helpers import WAIT
+from fault_helpers import WAIT, search_path
 
 from wove_ws_sync import AuthenticationRejected
 from wove_ws_sync.contrib.celery import WoveWSTask
@@ -98,11 +98,10 @@ def ask(folder: Path, module: str, worker: CeleryWorker | None = None) -> str:
         }
     )
     code = f"import {module}; print({module}.one(3)); print({module}.book(2))"
-    search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": search_path, "WOVE_WS_TEST_CELERY": json.dumps(conf)},
+        env={**os.environ, "PYTHONPATH": search_path(), "WOVE_WS_TEST_CELERY": json.dumps(conf)},
         capture_output=True,
         text=True,
         timeout=WAIT,

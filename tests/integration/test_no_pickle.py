@@ -16,7 +16,7 @@ from typing import Any
 import named_tasks
 import pytest
 from dask_cluster import DaskCluster
-from fault_helpers import WAIT, python, until
+from fault_helpers import WAIT, python, search_path, until
 from raw_host import RawHost, plain_error
 from scripted_worker import FACES, PATIENCE, SONGS, Canary, Face, ScriptedWorker, pickled
 from service_thread import ServiceThread
@@ -574,14 +574,13 @@ def test_an_argument_of_a_weave_that_json_does_not_carry(environment: str) -> No
     [("nowhere_at_all", "cannot be imported"), ("raw_host", "has no __all__")],
 )
 def test_a_registry_that_is_none_is_a_usage_error(module: str, said: str) -> None:
-    search_path = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-m", "wove_ws_sync", "worker", "--port", "0", "--registry", module],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env={**os.environ, "PYTHONPATH": search_path},
+        env={**os.environ, "PYTHONPATH": search_path()},
     )
     assert done.returncode == 2 and done.stdout == ""
     assert f"The registry {module!r}" in done.stderr and said in done.stderr

@@ -22,6 +22,7 @@ from typing import Any
 import cloudpickle
 import pytest
 import wove
+from fault_helpers import search_path
 from raw_host import RawHost, occupy, wait_until
 
 from wove_ws_sync.cli import main
@@ -34,8 +35,7 @@ COMMAND = [sys.executable, "-m", "wove_ws_sync"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path, **extra}
+    return {**os.environ, "PYTHONPATH": search_path(), **extra}
 
 
 def run_command(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
-from fault_helpers import until
+from fault_helpers import search_path, until
 
 from wove_ws_sync import WebSocketExecutor
 from wove_ws_sync.testing import LoopbackWorker
@@ -26,9 +26,8 @@ COMMAND = [sys.executable, "-m", "wove_ws_sync", "worker"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     ours = {name: text for name, text in os.environ.items() if not name.startswith("WOVE_WS_WORKER_")}
-    return {**ours, "PYTHONPATH": path, **extra}
+    return {**ours, "PYTHONPATH": search_path(), **extra}
 
 
 def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:

@@ -37,7 +37,7 @@ from engine_tasks import (
     unpicklable,
     where,
 )
-from fault_helpers import WAIT, python, until
+from fault_helpers import WAIT, python, search_path, until
 from wove.environment import EnvironmentExecutionError, WebSocketEnvironmentExecutor
 
 from wove_ws_sync import DeliveryCancelled, WebSocketExecutor
@@ -528,7 +528,7 @@ def test_an_executor_that_broke_is_made_anew() -> None:
 )
 def test_an_engine_that_cannot_be_had_is_one_clear_line(engine: str, code: int, text: str) -> None:
     command = [sys.executable, "-m", "wove_ws_sync", "worker", "--port", "0", "--engine", engine]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": search_path()}
     done = subprocess.run(
         command,
         capture_output=True,

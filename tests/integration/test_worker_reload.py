@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
-from fault_helpers import until
+from fault_helpers import search_path, until
 
 from wove_ws_sync import WebSocketExecutor
 
@@ -60,10 +60,9 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
 
 
 def start(directory: Path, *arguments: str) -> Any:
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     process: Any = subprocess.Popen(
         [sys.executable, "-m", "wove_ws_sync", "worker", "--port", "0", "--reload", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": search_path()},
         cwd=directory,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -189,7 +188,7 @@ def test_a_missing_library_is_named_with_its_install_line(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
