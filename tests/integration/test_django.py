@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import logging
 import os
 import re
@@ -434,6 +435,20 @@ def test_immediate_refuses_what_would_not_travel() -> None:
             executor.submit(id, threading.Lock()).result()
         with pytest.raises(TypeError, match="pickle"):
             executor.submit(threading.Lock).result()
+
+
+def test_immediate_refuses_what_has_no_name_or_is_no_json() -> None:
+    """With RESULT_FORMAT "json" what would not travel without pickles fails here, too."""
+    with override_settings(WOVE_WS={"default": {**NOWHERE, "RESULT_FORMAT": "json"}}), immediate():
+        given = [3, 1]
+        assert executor.submit(sorted, given, reverse=True).result() == [3, 1]
+        assert executor.submit(heapq.heapify, given).result() is None and given == [3, 1]
+        with pytest.raises(TypeError, match="no name under which"):
+            executor.submit(lambda: 1).result()
+        with pytest.raises(TypeError, match="positional argument 0"):
+            executor.submit(len, (1, 2)).result()
+        with pytest.raises(TypeError, match="the result"):
+            executor.submit(complex, 1).result()
 
 
 def test_immediate_maps_what_has_no_end() -> None:

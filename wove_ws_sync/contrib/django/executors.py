@@ -74,7 +74,10 @@ class Executors:
 def _make(alias: conf.Alias) -> WebSocketExecutor:
     try:
         if alias.backend == "immediate":
-            return ImmediateExecutor(alias.executor_config.get("context_vars") or ())
+            config = alias.executor_config
+            return ImmediateExecutor(
+                config.get("context_vars") or (), result_format=config.get("result_format", "pickle")
+            )
         if alias.executor_config.get("url") is None:  # the core would take WOVE_WS_URL and its secret
             url = conf.key_name(alias.name, "URL")
             raise ImproperlyConfigured(f"{url} is not set: say where the worker service is.")

@@ -7,9 +7,11 @@ pickle all the same, so that what would not reach a worker service fails here to
 from __future__ import annotations
 
 import contextvars
+import copy
 import functools
 import inspect
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 from uuid import uuid4
@@ -19,6 +21,8 @@ from asgiref.sync import async_to_sync
 from ... import current, payloads
 from ..._carry import Carrier
 from ..._checks import map_sizes
+from ..._exact import to_json
+from ..._named import encode_frame
 from ..._observe import OnEvent
 from ..._progress import Progress
 from ...errors import ExecutorClosed
@@ -34,13 +38,15 @@ class ImmediateExecutor(WebSocketExecutor):
     """Run what is submitted at once, in this thread, and return a finished :class:`RunFuture`.
 
     Code of a test sees the same database transaction. ``current_run()`` works, delivery settings have
-    no effect, context variables travel only if *context_vars* names them. Thread-safe.
+    no effect, context variables travel only if *context_vars* names them. With *result_format* "json" it
+    refuses what has no name or is no JSON. Thread-safe.
     """
 
     on_event: OnEvent | None = None
 
-    def __init__(self, context_vars: Iterable[Any] = ()) -> None:
+    def __init__(self, context_vars: Iterable[Any] = (), *, result_format: str = "pickle") -> None:
         self._carrier = Carrier(tuple(context_vars))
+        self._travel = _as_json if result_format == "json" else _as_pickle
         self._shut = False
 
     def __repr__(self) -> str:
@@ -75,9 +81,7 @@ class ImmediateExecutor(WebSocketExecutor):
         future: RunFuture[_T] = RunFuture(f"{name}:{uuid4().hex}", self)
         try:
             call = self._carrier.wrap(functools.partial(fn, *args) if args else fn)
-            task, given = payloads.decode_value(payloads.encode_value((call, kwargs)))
-            value = contextvars.Context().run(_called, task, given, future)
-            future.set_result(payloads.decode_value(payloads.encode_value(value)))
+            future.set_result(self._travel(call, kwargs, future))
         except Exception as exc:
             future.set_exception(exc)
         return future
@@ -103,6 +107,20 @@ class ImmediateExecutor(WebSocketExecutor):
 
     def ended(self, future: RunFuture[Any]) -> None:
         """See Keeper: a future that is done is kept by nobody."""
+
+
+def _as_pickle(call: Callable[..., Any], given: Mapping[str, Any], future: RunFuture[Any]) -> Any:
+    """Call with what comes out of a pickle, and return what comes out of one."""
+    call, given = payloads.decode_value(payloads.encode_value((call, given)))
+    value = contextvars.Context().run(_called, call, given, future)
+    return payloads.decode_value(payloads.encode_value(value))
+
+
+def _as_json(call: Callable[..., Any], given: Mapping[str, Any], future: RunFuture[Any]) -> Any:
+    """Call what can be named with what JSON carries exactly, and return such a value."""
+    encode_frame({"callable": call, "args": given})
+    value = contextvars.Context().run(_called, copy.deepcopy(call), copy.deepcopy(given), future)
+    return json.loads(to_json(value, "the result"))
 
 
 def _called(task: Callable[..., Any], given: Mapping[str, Any], future: RunFuture[Any]) -> Any:
