@@ -180,6 +180,8 @@ class LinkCore:
                     effects += self._table.fail(run, _unsupported(run.run_id, run.needs))
                 else:
                     parcel = Parcel(message)
+                    if run.needs is None:  # who attaches to a run wants just that end
+                        connection.make_way(run.run_id)
                     self._table.sent(run, parcel, now, connection.generation)
                     connection.transport.post(parcel)
         return effects

@@ -6,9 +6,7 @@ Never: knows what a run is, takes the link's state lock, starts a thread.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from . import frames
@@ -59,8 +57,10 @@ class Connection:
         self._writer = 0
         self._stuck = False
         self._pinged_at: float | None = None
-        # Terminal events that have arrived and that the worker has not been told of yet.
-        self._arrived: deque[str] = deque()
+        # Runs whose terminal events have arrived and that the worker has not been told of yet.
+        self._arrived: dict[str, None] = {}
+        # Guards those until they are queued. Reentrant: a signal handler may submit.
+        self._ack_lock = threading.RLock()
         self._ack_at: float | None = None
 
     def connected(self, transport: Transport) -> None:
@@ -160,7 +160,8 @@ class Connection:
     def acknowledge(self, run_ids: Sequence[str]) -> None:
         """Tell the worker, soon, that terminal events have arrived. Reader thread only."""
         if run_ids and self.offers("ack"):
-            self._arrived.extend(run_ids)
+            with self._ack_lock:
+                self._arrived.update(dict.fromkeys(run_ids))
             if self.draining or len(self._arrived) >= _MANY_ACKS:
                 self.post_acks()
                 self.flush()
@@ -170,13 +171,17 @@ class Connection:
     def post_acks(self) -> None:
         """Queue what is to be acknowledged."""
         self._ack_at = None
-        arrived: list[str] = []
-        with contextlib.suppress(IndexError):  # the reader and the watchdog may both be here
-            while True:
-                arrived.append(self._arrived.popleft())
-        for some in _lists(arrived) if arrived else ():
-            assert self.transport is not None
-            self.transport.post(frames.encode({"type": "event_ack", "run_ids": some}))
+        with self._ack_lock:
+            for some in _lists(list(self._arrived)) if self._arrived else ():
+                assert self.transport is not None
+                self.transport.post(frames.encode({"type": "event_ack", "run_ids": some}))
+            self._arrived.clear()
+
+    def make_way(self, run_id: str) -> None:
+        """Have the worker forget an earlier run of that id first: its end would come again. No I/O."""
+        with self._ack_lock:
+            if run_id in self._arrived:
+                self.post_acks()
 
     # -- liveness ----------------------------------------------------------------
 

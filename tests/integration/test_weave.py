@@ -326,3 +326,21 @@ def test_the_sync_executor_end_to_end(target: dict[str, Any]) -> None:
         executor.stop()
     waiter.join(10)
     assert woken
+
+
+def test_the_sync_executor_takes_a_run_id_again(worker: LoopbackWorker) -> None:
+    """A run has its own result, not that of an earlier one of the same name, in this session or another."""
+    executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
+    results = []
+    for number in range(4):
+        if number % 2 == 0:
+            executor.stop()
+            executor.start(environment_name="e", environment_config=worker.config, run_config={})
+        args = {"a": number}
+        frame = {"type": "run_task", "run_id": "r", "task_id": "t", "callable": lambda a: a, "args": args}
+        executor.send(frame)
+        while (event := executor.recv(timeout=30))["type"] != "task_result":
+            pass
+        results.append(event["result"])
+    executor.stop()
+    assert results == [0, 1, 2, 3]

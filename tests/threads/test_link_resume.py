@@ -211,6 +211,17 @@ def test_terminal_events_are_acknowledged_together(make: Callable[..., Fixture])
     assert [len(frame["run_ids"]) for frame in worker.sent(6)[4:] if "run_ids" in frame] == [300]
 
 
+def test_a_run_id_that_is_used_again_names_a_new_run(make: Callable[..., Fixture]) -> None:
+    """The worker hears first that the earlier end has arrived, as it would send that one again."""
+    fixture = make()
+    worker = fixture.worker()
+    for _ in range(2):
+        fixture.submit("r")
+        worker.feed(ended("r"))
+        assert fixture.next()["type"] == "task_result"
+    assert [frame["type"] for frame in worker.sent(3)] == ["run_task", "event_ack", "run_task"]
+
+
 def test_an_end_that_comes_before_the_runs_are_found_is_not_acknowledged(
     make: Callable[..., Fixture],
 ) -> None:
