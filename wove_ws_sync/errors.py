@@ -139,7 +139,7 @@ class PayloadError(EnvironmentExecutionError):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.payload,))
+        return (type(self), (self.payload,), self.__dict__)
 
 
 class ExecutorClosed(RuntimeError):
