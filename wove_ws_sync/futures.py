@@ -27,7 +27,7 @@ from ._observe import OnEvent
 from ._run_future import RunFuture
 from .errors import ExecutorClosed
 from .link import Link
-from .options import DeliveryOptions, LinkOptions
+from .options import DeliveryOptions, LinkOptions, check_keys
 from .session import exiting
 
 __all__ = ["RunFuture", "WebSocketExecutor"]
@@ -37,6 +37,7 @@ _T = TypeVar("_T")
 # So many messages of map() share a system call, while the worker begins with the ones before.
 _TOGETHER = 32
 _DELIVERY_KEYS = frozenset(field.name for field in dataclasses.fields(DeliveryOptions))
+_KEYWORDS = _DELIVERY_KEYS | {"environment", "on_event"}
 
 
 class WebSocketExecutor(concurrent.futures.Executor):
@@ -212,6 +213,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
 
 def _settle(environment: str | None, settings: dict[str, Any]) -> tuple[LinkOptions, DeliveryOptions]:
     """Return what *settings*, and beneath them an environment of Wove's or variables, ask for."""
+    check_keys(settings, _KEYWORDS)
     if environment is not None:
         known = runtime.resolve_environment_settings(environment)
         delivery = {key: known[key] for key in _DELIVERY_KEYS if known.get(key) is not None}

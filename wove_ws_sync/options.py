@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import _address, _checks, _pins
 from ._secrets import Secret
 from ._security_config import SecurityConfig
 
-__all__ = ["DeliveryOptions", "LinkOptions"]
+__all__ = ["DeliveryOptions", "LinkOptions", "check_keys"]
 
 _NO_SECURITY = SecurityConfig()
 
@@ -78,11 +78,7 @@ class LinkOptions:
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"executor_config must be a dictionary, got {type(config).__name__}.")
-        for key in config:
-            if key not in _KEYS:
-                raise ValueError(
-                    f"executor_config has no key {_checks.show(key)}. {_checks.unknown(key, _KEYS)}"
-                )
+        check_keys(config)
         values = _address.address(config.get("url"))
         values["security"] = SecurityConfig(config.get("security"))
         values["headers"] = _address.headers(config.get("headers"))
@@ -176,6 +172,17 @@ _TLS_KEYS = (
     "pinned_keys",
 )
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(LinkOptions)}
+
+
+def check_keys(config: Mapping[str, Any], more: Collection[str] = ()) -> None:
+    """Raise ValueError for a key that is none of ``executor_config``, nor one of *more*."""
+    for key in config:
+        if key in _KEYS or key in more:
+            continue
+        hint = _checks.unknown(key, {*_KEYS, *more})
+        if key in _DELIVERY_KEYS:
+            hint = "Delivery settings stand beside executor_config, not in it."
+        raise ValueError(f"executor_config has no key {_checks.show(key)}. {hint}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import re
 import string
 import sys
 import threading
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wove.environment import WebSocketEnvironmentExecutor
 
+from wove_ws_sync import WebSocketExecutor
 from wove_ws_sync._address import check_headers
 from wove_ws_sync._secrets import Headers, Secret
 from wove_ws_sync._security_config import SecurityConfig
@@ -400,6 +402,25 @@ def test_unknown_key_names_the_nearest(key: Any, hint: str) -> None:
     assert type(error) is ValueError
     assert str(error).startswith(f"executor_config has no key {key!r}. ")
     assert hint in str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("delivery_timout", "Did you mean 'delivery_timeout'?"),
+        ("enviroment", "Did you mean 'environment'?"),
+        ("open_timout", "Did you mean 'open_timeout'?"),
+    ],
+)
+def test_an_unknown_keyword_of_an_executor_names_the_nearest(key: str, hint: str) -> None:
+    """Among all keywords that it takes, not among the keys of executor_config alone."""
+    with pytest.raises(ValueError, match=re.escape(f"no key {key!r}. {hint}")):
+        WebSocketExecutor("ws://localhost", **{key: 1})
+
+
+def test_a_delivery_setting_in_executor_config_is_told_its_place() -> None:
+    """Its name is right, only the place is wrong."""
+    assert "stand beside executor_config" in str(refusal({"url": "ws://localhost", "delivery_timeout": 1}))
 
 
 @pytest.mark.parametrize("config", [None, [], "ws://localhost", 5])
