@@ -125,14 +125,15 @@ class SyncWebSocketEnvironmentExecutor:
     def recv(self, timeout: float | None = None) -> dict[str, Any]:
         """Return the next event frame, decoded here, in the calling thread.
 
-        *timeout* is in seconds, None waits without limit. Raises TimeoutError when no event
-        came in time, ExecutorClosed when ``stop()`` ends the wait.
+        *timeout* is in seconds; None waits without limit, 0 or less not at all. Raises TimeoutError
+        when no event came in time, ExecutorClosed when ``stop()`` ends the wait.
         """
         _fork.check()
         with self._lock:
             session, events = self._started(), self._events
+        limit = None if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
         try:
-            event = events.get(timeout=timeout)
+            event = events.get(timeout=limit)
         except Empty:
             raise TimeoutError(f"no event frame came within {timeout} s") from None
         if event is None:

@@ -296,8 +296,9 @@ def test_the_sync_executor_end_to_end(target: dict[str, Any]) -> None:
     try:
         with pytest.raises(ValueError, match="Unsupported frame type: dance"):
             executor.send({"type": "dance"})
-        with pytest.raises(TimeoutError):
-            executor.recv(timeout=0.05)
+        for timeout in (0.05, 0, -1.0):
+            with pytest.raises(TimeoutError):
+                executor.recv(timeout=timeout)
         frame = {
             "type": "run_task",
             "run_id": "r1",
@@ -306,7 +307,7 @@ def test_the_sync_executor_end_to_end(target: dict[str, Any]) -> None:
             "args": {"a": 1, "b": 2},
         }
         executor.send(frame)
-        events = [executor.recv(timeout=30)]
+        events = [executor.recv(timeout=math.inf)]
         while events[-1]["type"] != "task_result":
             events.append(executor.recv(timeout=30))
         assert events[0]["type"] == "task_started"
