@@ -438,11 +438,26 @@ class TestCancel:
         assert not (tmp_path / "ran").exists()
 
 
-class Unpicklable(Exception):
+class TwoParts(Exception):
     """Pickles, but cannot be built again from its args."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
+        self.one = one
+
+
+class Retold(Exception):
+    """Can be built again from its args, and then says something else."""
+
+    def __init__(self, number: int, unit: str = "s") -> None:
+        super().__init__(f"{number} {unit}")
+
+
+class Unpicklable(OSError):
+    """Pickles, but neither its args nor what it is made of without them make it again."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(2, why, path)
 
 
 class TestFailures:
@@ -531,12 +546,28 @@ class TestFailures:
         """exception_pickle is left out, as the host could not read it."""
 
         def task() -> None:
-            raise Unpicklable(1, 2)
+            raise Unpicklable("here", "gone")
 
         host.run(task)
         error = host.error()
-        assert (error["kind"], error["message"]) == ("Unpicklable", "1 and 2")
+        assert (error["kind"], error["message"]) == ("Unpicklable", "[Errno 2] gone: 'here'")
         assert "exception_pickle" not in error["event"]
+
+    def test_an_exception_with_an_init_of_its_own_travels_as_itself(self, host: RawHost) -> None:
+        """Whatever arguments that wants: text, args and attributes are those it was raised with."""
+
+        def task(kind: type[Exception], args: tuple[Any, ...]) -> None:
+            error = kind(*args)
+            error.add_note("noted")
+            raise error
+
+        for kind, args in ((TwoParts, (1, 2)), (Retold, (3,))):
+            made = kind(*args)
+            host.run(task, kind=kind, args=args)
+            raised = unpickled(host.error()["event"]["exception_pickle"])
+            assert type(raised).__name__ == kind.__name__
+            assert (str(raised), raised.args) == (str(made), made.args)
+            assert vars(raised) == {**vars(made), "__notes__": ["noted"]}
 
     def test_an_exception_whose_text_fails_is_still_told(self, host: RawHost) -> None:
         """Neither __str__ nor __reduce__ of a task's exception can hurt the worker."""

@@ -274,11 +274,35 @@ def _pickled(exc: BaseException) -> bytes | None:
     if not isinstance(exc, Exception) or isinstance(exc, StopIteration | StopAsyncIteration):
         return None  # a host must not raise these inside its own loop
     try:
-        pickled = payloads.encode_value(exc)
+        pickled, again = _there_and_back(exc)
+        if again is None or _text(again) != _text(exc):
+            bare, remade = _there_and_back(_Bare(exc))
+            if remade is not None and _text(remade) == _text(exc):
+                return bare
+    except BaseException:  # it cannot be pickled
+        return None
+    return None if again is None else pickled
+
+
+def _there_and_back(value: Any) -> tuple[bytes, Exception | None]:
+    """Return the pickle of *value* and the exception that comes out of it, None if none does."""
+    pickled = payloads.encode_value(value)
+    try:
         again = payloads.decode_value(pickled)
     except BaseException:
-        return None
-    return pickled if isinstance(again, Exception) else None
+        again = None
+    return pickled, again if isinstance(again, Exception) else None
+
+
+class _Bare:
+    """Pickle an exception so that it is made without its ``__init__``, which may want other arguments."""
+
+    def __init__(self, exc: Exception) -> None:
+        self._exc = exc
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind = type(self._exc)
+        return kind.__new__, (kind, *self._exc.args), vars(self._exc)
 
 
 def _traceback(exc: BaseException) -> str:
