@@ -71,7 +71,7 @@ def link_options(config: Mapping[str, Any]) -> LinkOptions:
 def _marshalled(config: Mapping[str, Any]) -> bytes:
     """Return the bytes of plain values; dictionaries may be of a kind that does not show its values."""
     return marshal.dumps(
-        {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+        {key: dict(value) if isinstance(value, dict) else value for key, value in dict(config).items()}
     )
 
 
