@@ -9,6 +9,7 @@ standard library already catch.
 from __future__ import annotations
 
 import concurrent.futures
+import copyreg
 from typing import Any
 
 import wove
@@ -139,7 +140,7 @@ class PayloadError(EnvironmentExecutionError):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.payload,), self.__dict__)
+        return _reduced(self)
 
 
 class ExecutorClosed(RuntimeError):
@@ -148,3 +149,11 @@ class ExecutorClosed(RuntimeError):
 
 class ForkedError(RuntimeError):
     """Tell that a run, a future or a link belongs to the parent of this forked process."""
+
+
+def _reduced(error: EnvironmentExecutionError) -> tuple[Any, ...]:
+    return (type(error), (error.payload,), error.__dict__)
+
+
+# Wove's own can be pickled, but not be loaded again: a process pool would break on one.
+copyreg.pickle(EnvironmentExecutionError, _reduced)

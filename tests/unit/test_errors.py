@@ -33,6 +33,7 @@ ERRORS: list[tuple[Exception, tuple[type[BaseException], ...]]] = [
         (concurrent.futures.CancelledError,),
     ),
     (wove_ws_sync.PayloadError({"kind": "K", "message": "m"}), (EnvironmentExecutionError,)),
+    (EnvironmentExecutionError({"kind": "K", "message": "m"}), (Exception,)),  # Wove's own, which we raise
     (wove_ws_sync.ExecutorClosed("m"), (RuntimeError,)),
     (wove_ws_sync.ForkedError("m"), (RuntimeError,)),
 ]
