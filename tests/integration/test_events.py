@@ -203,6 +203,16 @@ def test_f21_what_cannot_be_unpickled_hurts_its_own_run(kind: str, field: str, p
 
 
 @every_face
+def test_base64_may_have_line_breaks(kind: str) -> None:
+    """As ``base64.encodebytes`` and MIME make them: Wove's own executor takes such worker services."""
+    with face_on(kind, 1) as (face, connection, (run_id,), _):
+        lines = base64.encodebytes(pickle.dumps("x" * 100)).decode()
+        connection.say({"type": "task_result", "run_id": run_id, "result_pickle": lines})
+        assert lines.count("\n") > 1
+        assert face.outcome(run_id) == "x" * 100
+
+
+@every_face
 @pytest.mark.parametrize(
     "raised",
     [
