@@ -207,7 +207,7 @@ def test_f11_a_with_block_ends(worker: LoopbackWorker) -> None:
     """shutdown(wait=True) waits for runs that end at their deadlines."""
     with within(3.0):
         with pool_on(worker, delivery_timeout=1.0) as pool:
-            pool.submit(add, 1, 1).result(WAIT)
+            pool.with_options(delivery_timeout=None).submit(add, 1, 1).result(WAIT)
             stop(worker)
             futures = [pool.submit(add, 1, 1) for _ in range(100)]
         assert all(isinstance(future.exception(), DeliveryTimeout) for future in futures)
