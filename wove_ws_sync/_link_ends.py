@@ -89,8 +89,9 @@ class LinkEnds(LinkCore):
             dialled = LinkState.FATAL if refused else LinkState.IDLE
             self._set_state(dialled if never_up else LinkState.LOST)
         successor = None
-        if self._table.homeless():
-            dial_at = self._reconnect.next_dial(exc, now) if current else now
+        if homeless := self._table.homeless():
+            limbo_until = min((run.limbo_until for run in homeless if run.limbo_until), default=None)
+            dial_at = self._reconnect.next_dial(exc, now, limbo_until) if current else now
             effects += self._give_up(exc, loss, dial_at, refused=refused)
             if self._table.homeless():
                 try:

@@ -20,6 +20,8 @@ __all__ = ["Reconnect", "is_final"]
 _STABLE = 10.0
 # So many seconds at least a run without a deadline waits for any worker to be reached again.
 _LEAST_PATIENCE = 10.0
+# Such a part of the resume window before its end is the last dial that may still save what waits for it.
+_LAST_CALL = 0.05
 # So many seconds nobody is asked again who said no for good.
 _COOL_DOWN = 5.0
 # A worker that wants more time than this, in seconds, to stop gets no more patience for it.
@@ -31,6 +33,7 @@ class Reconnect:
 
     def __init__(self, options: LinkOptions, spread: Callable[[], float]) -> None:
         self._patience = max(options.resume_window, _LEAST_PATIENCE)
+        self._last_call = options.resume_window * _LAST_CALL
         self._backoff = Backoff(options.reconnect_initial_delay, options.reconnect_max_delay)
         self._spread = spread
         # Dials in a row that brought nothing.
@@ -53,15 +56,23 @@ class Reconnect:
         plain = isinstance(timeout, int | float) and 0 <= timeout <= _LONGEST_DRAIN
         self._failures, self._patient_until = 0, now + self._patience + (timeout if plain else 0.0)
 
-    def next_dial(self, exc: BaseException, now: float) -> float:
-        """Return when to dial after *exc*, a server's own wish included, and count the failure."""
-        delay = self._backoff.delay(self._failures, self._spread())
+    def next_dial(self, exc: BaseException, now: float, limbo_until: float | None = None) -> float:
+        """Return when to dial after *exc*, a server's own wish included, and count the failure.
+
+        That is sooner than the delays say where runs would not live to see it: those in limbo wait
+        until *limbo_until*, those without a deadline until the patience is over.
+        """
+        moment = now + self._backoff.delay(self._failures, self._spread())
         self._failures += 1
-        return now + max(delay, getattr(exc, "retry_after", None) or 0.0)
+        last_call = None if limbo_until is None else limbo_until - self._last_call
+        for last in (last_call, self._patient_until):
+            if last is not None and now < last < moment:
+                moment = last
+        return max(moment, now + (getattr(exc, "retry_after", None) or 0.0))
 
     def worth_waiting(self, moment: float) -> bool:
         """Tell whether a run without a deadline waits for a dial at *moment*."""
-        return self._patient_until is not None and moment < self._patient_until
+        return self._patient_until is not None and moment <= self._patient_until
 
     def refused(self, exc: BaseException, now: float) -> None:
         """Note a final answer; what is wrong on this side costs nobody a dial."""

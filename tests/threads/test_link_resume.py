@@ -126,6 +126,24 @@ def test_f14_the_same_worker_gives_its_runs_back(make: Callable[..., Fixture], p
     assert "losses=1 resumes=1" in repr(fixture.link)
 
 
+@pytest.mark.parametrize(("policy", "last"), [("cancel", 9.5), ("requeue", 10.0)])
+def test_f14_there_is_a_dial_when_the_window_is_nearly_over(
+    make: Callable[..., Fixture], policy: str, last: float
+) -> None:
+    """A worker that can be reached again within the window has its runs asked for, however late that is."""
+    fixture = make(resume_window=10.0, reconnect_initial_delay=8.0)
+    lose(fixture, fixture.worker(), delivery_orphan_policy=policy)
+    until(lambda: fixture.link.state is LinkState.BACKOFF)
+    fixture.worker().dial_error = ConnectionRefusedError("no")
+    fixture.clock.advance(8.0)
+    until(lambda: fixture.link.stats()["dials"] == 2 and fixture.link.state is LinkState.BACKOFF)
+    again = fixture.worker()
+    fixture.clock.advance(last - 8.0)
+    assert again.sent(1)[0]["type"] == "resume"
+    again.feed(state("r1", "alive"), ended("r1"))
+    assert fixture.next()["type"] == "task_result"
+
+
 def test_what_the_worker_never_saw_is_sent_again(make: Callable[..., Fixture]) -> None:
     """Lost on the way out: no caller hears of it."""
     fixture = make()
