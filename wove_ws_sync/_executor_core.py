@@ -76,6 +76,7 @@ class ExecutorCore:
         """Start *future*; without *send* its message leaves with the next one."""
 
         def start(session: Session) -> None:
+            deadline = session.link.deadline(delivery)
             command = {
                 "type": "run_task",
                 "run_id": future.run_id,
@@ -83,7 +84,7 @@ class ExecutorCore:
                 **session.encode({"callable": self.carrier.wrap(fn), "args": kwargs}),
                 "delivery": delivery.as_frame(kwargs),
             }
-            session.submit(command, delivery, future._on_event, wait=send, flush=send)
+            session.submit(command, delivery, future._on_event, deadline=deadline, wait=send, flush=send)
 
         self.enter(future, start)
 

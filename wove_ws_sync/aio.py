@@ -24,6 +24,7 @@ from .options import DeliveryOptions, LinkOptions
 from .runs import Run
 from .session import SPARABLE, Session, open_session
 from .sync import NOT_STARTED, check_frame, frame_delivery, run_defaults
+from .timing import Deadline
 
 __all__ = ["AsyncWebSocketEnvironmentExecutor"]
 
@@ -83,15 +84,18 @@ class _Group:
         self._beating: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, command: Mapping[str, Any], delivery: DeliveryOptions) -> Run:
+    def submit(self, command: Mapping[str, Any], delivery: DeliveryOptions, deadline: Deadline) -> Run:
         """Send without blocking. The first message of a loop turn leaves at once, the others together."""
         if self._unsent is None:
             self._unsent = 0
             self.loop.call_soon(self._flush)
-            return self.session.submit(command, delivery, self.sink, wait=False, block=False)
-        self._unsent += 1
-        flush = self._unsent % _TOGETHER == 0
-        return self.session.submit(command, delivery, self.sink, wait=False, flush=flush, block=False)
+            flush = True
+        else:
+            self._unsent += 1
+            flush = self._unsent % _TOGETHER == 0
+        return self.session.submit(
+            command, delivery, self.sink, deadline=deadline, wait=False, flush=flush, block=False
+        )
 
     def _flush(self) -> None:
         if self._unsent:
@@ -216,12 +220,14 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
             group.session.abandon()
             return
         delivery = frame_delivery(frame, group.defaults)
+        deadline = group.session.link.deadline(delivery)
         command = group.session.encode(group.carrier.wrap_frame(frame))
         size = sum(len(value) for value in command.values() if isinstance(value, bytes))
         if size <= _INLINE_BYTES and group.session.link.has_room(size + _FRAME_BYTES):
-            run = group.submit(command, delivery)
+            run = group.submit(command, delivery, deadline)
         else:
-            run = await asyncio.to_thread(group.session.submit, command, delivery, group.sink)
+            submit = group.session.submit
+            run = await asyncio.to_thread(submit, command, delivery, group.sink, deadline=deadline)
         if delivery.delivery_heartbeat_seconds is not None and not run.terminal:
             group.keep_beating(frame["run_id"], delivery.delivery_heartbeat_seconds)
             await asyncio.sleep(0)

@@ -14,6 +14,7 @@ from ._link_core import OVER, Dial, LinkState, same_error, too_large
 from ._link_threads import LinkThreads
 from .connection import Connection
 from .errors import ExecutorClosed
+from .options import DeliveryOptions
 from .runs import Deliver, Effect, Run
 from .timing import Deadline
 from .transport import Parcel, TransportClosed
@@ -116,6 +117,10 @@ class Link(LinkThreads):
 
     # -- runs --------------------------------------------------------------------
 
+    def deadline(self, delivery: DeliveryOptions) -> Deadline:
+        """Return the deadline of a run that is submitted at this moment."""
+        return Deadline.after(delivery.delivery_timeout, self._clock.monotonic())
+
     def submit(self, run: Run, *, wait: bool = True, flush: bool = True, block: bool = True) -> None:
         """Take *run* in and send it, now or as soon as there is a connection and a slot.
 
@@ -127,7 +132,8 @@ class Link(LinkThreads):
         Raises ValueError for a run_id in flight, ExecutorClosed after :meth:`close`.
         """
         own_thread = self.in_own_thread()
-        run.deadline = Deadline.after(run.delivery.delivery_timeout, self._clock.monotonic())
+        if run.deadline.at is None:
+            run.deadline = self.deadline(run.delivery)
         try:
             effects, moment, connection = self._register(run, block=block and not own_thread)
             self._mind(moment)

@@ -34,6 +34,7 @@ _exiting = False
 SPARABLE = frozenset({"log", "heartbeat", "progress"})
 # So many events may wait for a receiver before those are dropped.
 _MOST_WAITING = 10_000
+_FROM_HERE = Deadline()
 
 
 class Session:
@@ -66,6 +67,7 @@ class Session:
         delivery: DeliveryOptions,
         sink: Callable[[dict[str, Any]], None],
         *,
+        deadline: Deadline = _FROM_HERE,
         wait: bool = True,
         flush: bool = True,
         block: bool = True,
@@ -73,19 +75,20 @@ class Session:
         """Send one ``run_task`` frame that :meth:`encode` has returned.
 
         Its events go to *sink*, called in the thread that brings them: reader, watchdog or a
-        caller. *wait*, *flush* and *block* are those of ``Link.submit``.
+        caller. *deadline* is that of ``Link.deadline`` before anything was pickled, or else counts from
+        here; *wait*, *flush* and *block* are those of ``Link.submit``.
 
         Raises ValueError for a frame larger than ``max_message_bytes`` or a run_id in flight.
         """
         self.check_process()
         telemetry, options = _telemetry.host, self.link.options
         if telemetry is None:
-            run = self._run(command, delivery, sink)
+            run = self._run(command, delivery, sink, deadline)
             self._send(run, wait=wait, flush=flush, block=block)
             return run
         address = options.host, options.port
         with telemetry.sending(command, sink, self.environment, address) as (command, sink):
-            run = self._run(command, delivery, sink)
+            run = self._run(command, delivery, sink, deadline)
             self._send(run, wait=wait, flush=flush, block=block)
             return run
 
@@ -102,8 +105,13 @@ class Session:
         with RuntimeError if it keeps no runs at all.
         """
         self.check_process()
-        command = {"type": "attach_task", "run_id": run_id, "task_id": run_id.rpartition(":")[0] or run_id}
-        run = self._run({**command, "delivery": delivery.as_frame({})}, delivery, sink, needs="resume")
+        command = {
+            "type": "attach_task",
+            "run_id": run_id,
+            "task_id": run_id.rpartition(":")[0] or run_id,
+            "delivery": delivery.as_frame({}),
+        }
+        run = self._run(command, delivery, sink, self.link.deadline(delivery), needs="resume")
         self.link.submit(run)
         return run
 
@@ -138,6 +146,7 @@ class Session:
         command: Mapping[str, Any],
         delivery: DeliveryOptions,
         sink: Callable[[dict[str, Any]], None],
+        deadline: Deadline,
         needs: str | None = None,
     ) -> Run:
         return Run(
@@ -149,6 +158,7 @@ class Session:
             environment=self.environment,
             sink=sink,
             needs=needs,
+            deadline=deadline,
         )
 
     def cancel(self, run_id: str) -> None:

@@ -96,9 +96,10 @@ class SyncWebSocketEnvironmentExecutor:
             session, events = self._started(), self._events
         kind = check_frame(frame)
         if kind == "run_task":
-            encoded = session.encode(self._carrier.wrap_frame(frame))
             delivery = frame_delivery(frame, self._defaults)
-            session.submit(encoded, delivery, self._sink(session, events))
+            deadline = session.link.deadline(delivery)
+            encoded = session.encode(self._carrier.wrap_frame(frame))
+            session.submit(encoded, delivery, self._sink(session, events), deadline=deadline)
         elif kind == "cancel_task":
             session.cancel(frame["run_id"])
         else:

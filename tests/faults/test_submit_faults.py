@@ -9,8 +9,19 @@ import time
 from typing import Any
 
 import pytest
+import wove
 from fault_helpers import WAIT, link_of, python, until, within
-from scripted_worker import FACES, Connection, ScriptedWorker, result, task
+from scripted_worker import (
+    FACES,
+    Connection,
+    FuturesFace,
+    ScriptedWorker,
+    ShimFace,
+    SyncFace,
+    result,
+    run_frame,
+    task,
+)
 
 from wove_ws_sync import DeliveryCancelled, DeliveryTimeout, WebSocketExecutor
 
@@ -171,6 +182,39 @@ def test_f30_what_is_no_span_of_time(face_kind: str, key: str, value: Any, kind:
             assert len(connection.commands(0)) == 1
             assert connection.commands(0, "cancel_task") == []
             assert face.link.stats()["runs"] == 0
+        finally:
+            face.close()
+
+
+class Slow:
+    """An argument that takes its time to be pickled."""
+
+    def __reduce__(self) -> Any:
+        threading.Event().wait(0.3)
+        return (int, ())
+
+
+@pytest.mark.parametrize("face_kind", ["futures", "sync", "shim"])
+def test_f11_the_deadline_counts_while_arguments_are_pickled(face_kind: str) -> None:
+    """What is late before it could be sent is never sent."""
+    with ScriptedWorker() as worker:
+        face = FACES[face_kind](worker.url)
+        slow = run_frame("slow", args={"x": Slow()}, delivery={"delivery_timeout": 0.1})
+        try:
+            if isinstance(face, FuturesFace):
+                future = face.pool.with_options(delivery_timeout=0.1).submit(id, Slow())
+                slow["run_id"], face.futures[future.run_id] = future.run_id, future
+            elif isinstance(face, ShimFace):
+                face.call(face.executor.send(slow))
+            elif isinstance(face, SyncFace):
+                face.executor.send(slow)
+            with within(0.0), pytest.raises(wove.DeliveryTimeoutError):
+                face.outcome(slow["run_id"])
+            good = face.submit()
+            connection = worker.connection()
+            assert [command["run_id"] for command in connection.commands(1)] == [good]
+            connection.say(result(good, "good"))
+            assert face.outcome(good) == "good"
         finally:
             face.close()
 
