@@ -42,7 +42,12 @@ _REMEDIES = {
     401: "Check executor_config.security: secret, key and clock must match the worker's.",
     403: "Check executor_config.security and what this host may do there.",
     404: "Check the path of executor_config.url.",
+    429: "It takes no more connections for now; try again later, or share executors.",
+    502: "The proxy before it does not reach it; check that it runs and where the proxy looks.",
+    503: "It takes no connections for now; see whether it is stopping or starting, and try again later.",
+    504: "The proxy before it got no answer; check that it runs and is not stuck.",
 }
+_ELSE = "Check that executor_config.url is that of a worker service; 'wove-ws-sync check' says more."
 
 
 class Answer(NamedTuple):
@@ -212,11 +217,11 @@ class _Seam:
         return b"\r\n".join([b"HTTP/1.1 101 Switching Protocols", *shown, b"", b""])
 
     def _refusal(self, status: int) -> HandshakeRejected:
-        remedy = _REMEDIES.get(status, "")
+        remedy = _REMEDIES.get(status, _ELSE)
         if 300 <= status < 400:
             remedy = "Redirects are not followed; set executor_config.url to the final address."
-        text = f"rejected the handshake with HTTP {status}."
-        return self.rejected(status, f"{text} {remedy}".strip(), retry_after(self.response))
+        text = f"rejected the handshake with HTTP {status}. {remedy}"
+        return self.rejected(status, text, retry_after(self.response))
 
     def invalid(self, fault: str) -> HandshakeRejected:
         """Return the error for a 101 that is no valid upgrade."""

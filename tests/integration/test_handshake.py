@@ -101,12 +101,25 @@ def test_f4_authentication_rejected(status: int) -> None:
     assert error.status == status
 
 
-@pytest.mark.parametrize("status", [200, 404, 426, 429, 500, 503])
-def test_f4_f5_rejected(status: int) -> None:
-    """Any other status is HandshakeRejected with that status."""
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        (200, "wove-ws-sync check"),
+        (404, "path of executor_config.url"),
+        (426, "wove-ws-sync check"),
+        (429, "try again later"),
+        (500, "wove-ws-sync check"),
+        (502, "check that it runs"),
+        (503, "try again later"),
+        (504, "check that it runs"),
+    ],
+)
+def test_f4_f5_rejected(status: int, remedy: str) -> None:
+    """Any other status is HandshakeRejected with that status, and says what to do."""
     error = refused(answering(f"HTTP/1.1 {status} {BODY}", "Content-Length: 12", body=BODY.encode()))
     assert type(error) is HandshakeRejected
     assert (error.status, error.retry_after) == (status, None)
+    assert remedy in str(error)
 
 
 def in_twenty_seconds() -> str:
