@@ -45,10 +45,10 @@ def _rebuild(kind: type[BaseException], args: tuple[Any, ...], details: dict[str
 class ConnectionLost(_Details, wove.DeliveryOrphanedError, ConnectionError):
     """Tell that the connection broke while a run was on its way.
 
-    ``run_id`` names the run (None for the link as a whole), ``close_code`` and ``reason``
-    are what the peer said in its close frame (None and "" if it said nothing), ``attempt``
-    counts deliveries from 1, and ``maybe_executed`` is False only if the last byte of
-    the run had not left this process.
+    ``run_id`` names the run (None for the link as a whole), ``close_code`` is that of the close frame
+    that ended it, the worker service's or ours (None if there was none), ``reason`` the text in it, or
+    else what was seen on this side. ``attempt`` counts deliveries from 1, and ``maybe_executed`` is
+    False only if the last byte of the run had not left this process.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class ConnectionLost(_Details, wove.DeliveryOrphanedError, ConnectionError):
 class HandshakeRejected(_Details, ConnectionError):
     """Tell that the worker service answered the handshake, and the answer was no.
 
-    ``status`` is the HTTP status (None if the answer was not HTTP or not a valid upgrade);
-    ``retry_after`` is the server's wish in seconds, if it named one. The response body is
-    never part of the message.
+    ``status`` is the HTTP status (101 if the upgrade was not valid, None if the answer was not
+    HTTP); ``retry_after`` is the server's wish in seconds, at most 60, if it named one. The response
+    body is never part of the message.
     """
 
     def __init__(

@@ -127,7 +127,10 @@ class WebSocketExecutor(concurrent.futures.Executor):
 
     @property
     def link(self) -> Link | None:
-        """Return the link in use, whose ``stats()`` counts what happened; None before the first use."""
+        """Return the link in use, whose ``stats()`` counts what happened.
+
+        None before the first use and after :meth:`shutdown`.
+        """
         session = self._core.session
         return None if session is None else session.link
 
