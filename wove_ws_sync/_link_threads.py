@@ -110,7 +110,13 @@ class LinkThreads(LinkEnds):
                 self._take(connection, transport.recv())
         except Exception as exc:
             if not isinstance(exc, TransportClosed | OSError | ValueError | RuntimeError):
-                note(host_log, logging.ERROR, "the reader failed", exc_info=True, extra=self._extra("lose"))
+                note(
+                    host_log,
+                    logging.ERROR,
+                    "the reader failed",
+                    exc_info=True,
+                    extra=connection.extra("lose"),
+                )
             self._end(connection, exc)
         except BaseException as exc:
             self._end(connection, exc)
@@ -155,7 +161,7 @@ class LinkThreads(LinkEnds):
             effects += self._post_ready(now)
             moment = self._next_decision()
         where = (self.options.host, self.options.port)
-        note(host_log, logging.INFO, "connected to %s:%s", *where, extra=self._extra("connect"))
+        note(host_log, logging.INFO, "connected to %s:%s", *where, extra=connection.extra("connect"))
         self._apply(effects)
         connection.flush()
         self._mind(moment)
@@ -261,7 +267,9 @@ class LinkThreads(LinkEnds):
         if end is None:
             return
         if end.lost:
-            note(host_log, logging.INFO, "connection lost: %s", end.loss.reason, extra=self._extra("lose"))
+            note(
+                host_log, logging.INFO, "connection lost: %s", end.loss.reason, extra=connection.extra("lose")
+            )
         connection.waker.wake()
         try:
             if end.successor is not None:  # before any callback: the deadlines of those who wait go on
@@ -277,7 +285,9 @@ class LinkThreads(LinkEnds):
         try:
             self._keep_deadlines(connection)
         except BaseException as exc:  # nobody would keep them any more
-            note(host_log, logging.ERROR, "the watchdog failed", exc_info=True, extra=self._extra("lose"))
+            note(
+                host_log, logging.ERROR, "the watchdog failed", exc_info=True, extra=connection.extra("lose")
+            )
             self._end(connection, exc)
         if connection.reader is not None:
             connection.reader.join()

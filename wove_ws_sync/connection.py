@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from . import frames
 from ._waker import Waker
@@ -77,6 +78,10 @@ class Connection:
         """Tell whether the worker agreed to the extension *feature*."""
         features = None if self.transport is None else self.transport.features
         return features is not None and feature in features
+
+    def extra(self, action: str) -> dict[str, Any]:
+        """Return what log records about this connection have beside their text."""
+        return {"action": action, "run_id": None, "generation": self.generation}
 
     # -- writing -----------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
@@ -124,6 +125,20 @@ def test_f14_the_same_worker_gives_its_runs_back(make: Callable[..., Fixture], p
     stats = fixture.link.stats()
     assert (stats["losses"], stats["resumes"], stats["resumed_runs"], stats["requeues"]) == (1, 1, 1, 0)
     assert "losses=1 resumes=1" in repr(fixture.link)
+
+
+def test_records_name_the_connection_that_they_are_about(
+    make: Callable[..., Fixture], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loss of the first is not that of the one that is dialled next."""
+    caplog.set_level(logging.INFO, "wove_ws_sync.host")
+    fixture = make()
+    lose(fixture, fixture.worker())
+    again = fixture.worker()
+    fixture.redial()
+    again.sent(1)
+    told = [(record.__dict__["action"], record.__dict__["generation"]) for record in caplog.records]
+    assert told == [("connect", 1), ("lose", 1), ("connect", 2)]
 
 
 @pytest.mark.parametrize(("policy", "last"), [("cancel", 9.5), ("requeue", 10.0)])
