@@ -351,7 +351,10 @@ def _undialled(exc: OSError, options: LinkOptions, *, connected: bool) -> OSErro
     if isinstance(exc, socket.gaierror):
         return socket.gaierror(exc.errno, f"The name in {where} cannot be resolved: {why}.")
     if isinstance(exc, ssl.SSLCertVerificationError):
-        refused = f"The certificate of {where} was refused: {exc.verify_message}."
+        refused = (
+            f"The certificate of {where} was refused: {exc.verify_message}. "
+            "Check its dates and names, and executor_config.ca_file."
+        )
         error = ssl.SSLCertVerificationError(1, refused)
         error.verify_code, error.verify_message = exc.verify_code, exc.verify_message
         return error
@@ -362,7 +365,10 @@ def _undialled(exc: OSError, options: LinkOptions, *, connected: bool) -> OSErro
         hint = " It may have refused the client certificate, or want one." if connected else ""
         return ssl.SSLError(1, f"TLS with {where} failed: {fault}.{hint}")
     if ended:
-        return ConnectionError(f"The worker service at {where} closed the connection during the handshake.")
+        return ConnectionError(
+            f"The worker service at {where} closed the connection during the handshake. "
+            "Check port and scheme (ws:// or wss://) of executor_config.url."
+        )
     return OSError(exc.errno, f"No connection to {where}: {why}.")  # the subclass that fits errno
 
 

@@ -278,7 +278,7 @@ def test_f7_invalid_upgrade(script: Callable[[Peer], None]) -> None:
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 101 Switching"], ids=["at once", "in the middle"])
 @pytest.mark.parametrize("rst", [False, True], ids=["fin", "rst"])
 def test_closed_during_handshake(start: bytes, rst: bool) -> None:
-    """A server that hangs up is a ConnectionError."""
+    """A server that hangs up is a ConnectionError: perhaps it expects TLS, or does not."""
 
     def script(peer: Peer) -> None:
         peer.read_request()
@@ -289,6 +289,7 @@ def test_closed_during_handshake(start: bytes, rst: bool) -> None:
     error = refused(script)
     assert isinstance(error, ConnectionError)
     assert not isinstance(error, HandshakeRejected)
+    assert "port and scheme" in str(error)
 
 
 def test_refused() -> None:

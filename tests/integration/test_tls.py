@@ -123,7 +123,7 @@ def test_f40_untrusted(authority: Authority) -> None:
             error = refused(listener.port, ssl.SSLCertVerificationError, **config)
             assert isinstance(error, ssl.SSLCertVerificationError)
             assert error.verify_code
-            assert "certificate" in str(error)
+            assert "certificate" in str(error) and "executor_config.ca_file" in str(error)
     assert requests == []
 
 
