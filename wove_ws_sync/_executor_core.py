@@ -19,6 +19,7 @@ from ._observe import OnEvent
 from ._run_future import RunFuture
 from .errors import ExecutorClosed
 from .options import DeliveryOptions, LinkOptions
+from .runs import InFlight
 from .session import Session, open_session
 from .timing import Deadline
 
@@ -107,7 +108,8 @@ class ExecutorCore:
                 if not future.done():
                     future.set_exception(exc)
             finally:  # a signal handler's exception may come when it was sent already
-                session.cancel(future.run_id)
+                if not isinstance(exc, InFlight):  # which is the run of another future
+                    session.cancel(future.run_id)
         except BaseException:  # Ctrl-C: nobody will hold the future
             if session is not None:
                 session.cancel(future.run_id)

@@ -38,6 +38,7 @@ __all__ = [
     "Deliver",
     "DetachAtWorker",
     "Effect",
+    "InFlight",
     "Loss",
     "Posted",
     "Receipt",
@@ -46,6 +47,10 @@ __all__ = [
     "RunTable",
     "connection_lost",
 ]
+
+
+class InFlight(ValueError):
+    """Tell that a run of that id is under way already."""
 
 
 class RunTable:
@@ -106,10 +111,10 @@ class RunTable:
     def register(self, run: Run, now: float) -> None:
         """Take *run* in, QUEUED; its ``delivery_timeout`` counts from here.
 
-        Raises ValueError if a run of that id is in flight.
+        Raises InFlight, a ValueError, if a run of that id is.
         """
         if run.run_id in self._runs:
-            raise ValueError(f"run_id {run.run_id!r} is already in flight; give every run an id of its own.")
+            raise InFlight(f"run_id {run.run_id!r} is already in flight; give every run an id of its own.")
         run.deadline = run.deadline.earliest(Deadline.after(run.delivery.delivery_timeout, now))
         run.life = now
         self._book.add(run, now)

@@ -128,3 +128,16 @@ def test_a_run_outlives_its_connection(ledger: Path) -> None:
             gate.touch()
             assert again.result(WAIT) == "run"
     assert executions(ledger) == {"run": 1}
+
+
+def test_attaching_to_a_run_that_is_here_hurts_nobody(worker: LoopbackWorker, ledger: Path) -> None:
+    """A ValueError from the second future of a run_id; the run of the first one goes on."""
+    gate = ledger.parent / "gate"
+    with WebSocketExecutor(worker.url, security=worker.security) as pool:
+        future = pool.submit(record_and_hold, str(ledger), "run", str(gate))
+        until(future.running)
+        with pytest.raises(ValueError, match="already in flight"):
+            pool.attach(future.run_id).result(WAIT)
+        gate.touch()
+        assert future.result(WAIT) == "run"
+    assert executions(ledger) == {"run": 1}
