@@ -239,8 +239,9 @@ def test_f11_a_weave_keeps_its_deadline(worker: LoopbackWorker) -> None:
         def small(item: int) -> int:
             return item
 
-    with pytest.raises(wove.DeliveryTimeoutError):  # the first one ends its siblings
-        _ = w.result.small, w.result.large
+    # The large one is submitted first, and its deadline counts while it is pickled; it ends its siblings.
+    with pytest.raises(wove.DeliveryTimeoutError):
+        _ = w.result.large
     go_on(worker)
     with weave() as w:
         w.do(environment="socket_workers")(warm_up)
