@@ -205,7 +205,9 @@ def connection_lost(run: Run, loss: Loss) -> ConnectionLost:
     policy = run.delivery.delivery_orphan_policy
     if policy == "cancel":
         code, reason = loss
-        said = f" (close code {code}{': ' + reason if reason else ''})" if code else ""
+        number = f"close code {code}" if code and str(code) not in reason else ""
+        said = ": ".join(filter(None, [number, reason.rstrip(".")]))
+        said = f" ({said})" if said else ""
         seen = "may have run" if run.maybe_executed else "had not been sent"
         text = (
             f"The connection to the worker service was lost{said}; run '{run.run_id}' {seen}. "

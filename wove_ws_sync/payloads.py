@@ -131,6 +131,8 @@ def _raisable(exception: Any, error: Any) -> Exception:
     if isinstance(exception, Exception) and not isinstance(exception, StopIteration):
         raised: Exception = exception
     else:
+        if details.get("message") == "":  # KeyboardInterrupt(), say
+            details = {**details, "message": details.get("kind", "")}
         raised = EnvironmentExecutionError(details)
     if text and raised.__cause__ is None:
         # As "raise ... from" does it, whatever __setattr__ the class has (a frozen dataclass, say).

@@ -369,7 +369,8 @@ def _undialled(exc: OSError, options: LinkOptions, *, connected: bool) -> OSErro
             f"The worker service at {where} closed the connection during the handshake. "
             "Check port and scheme (ws:// or wss://) of executor_config.url."
         )
-    return OSError(exc.errno, f"No connection to {where}: {why}.")  # the subclass that fits errno
+    hint = " Check that the worker service runs there." if isinstance(exc, ConnectionRefusedError) else ""
+    return OSError(exc.errno, f"No connection to {where}: {why}.{hint}")  # the subclass that fits errno
 
 
 def _sealing(answer: Answer, options: LinkOptions) -> int:

@@ -247,6 +247,7 @@ def test_f22_what_must_not_be_raised_comes_wrapped(kind: str, raised: Any) -> No
     ("fields", "text"),
     [
         ({"error": {"message": "m", "kind": "k"}}, "m"),
+        ({"error": {"message": "", "kind": "KeyboardInterrupt"}}, "KeyboardInterrupt"),
         ({"error": {}}, "Task execution failed."),
         ({"error": "oops"}, "oops"),
         ({"error": ["a"]}, "['a']"),

@@ -293,11 +293,11 @@ def test_closed_during_handshake(start: bytes, rst: bool) -> None:
 
 
 def test_refused() -> None:
-    """A port where nobody listens is a ConnectionRefusedError that names host and port."""
+    """A port where nobody listens is a ConnectionRefusedError that names host and port, and what to do."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-        with pytest.raises(ConnectionRefusedError, match=rf"127\.0\.0\.1:{port}"):
+        with pytest.raises(ConnectionRefusedError, match=rf"127\.0\.0\.1:{port}: .*Check that"):
             dial_to(options_for(port))
 
 

@@ -9,7 +9,7 @@ from run_machine import Receipt
 
 from wove_ws_sync.errors import ConnectionLost, DeliveryTimeout
 from wove_ws_sync.options import DeliveryOptions
-from wove_ws_sync.runs import CancelAtWorker, Deliver, Effect, Loss, Run, RunState, RunTable
+from wove_ws_sync.runs import CancelAtWorker, Deliver, Effect, Loss, Run, RunState, RunTable, connection_lost
 
 
 def make_run(run_id: str = "r", **delivery: Any) -> Run:
@@ -545,3 +545,17 @@ def test_what_is_buffered_is_what_may_be_sent_again() -> None:
     assert runs.buffered == 2
     runs.receive(event("task_result", "requeue"), 2.0, 1)
     assert runs.buffered == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "said"),
+    [
+        (1012, "restart", "was lost (close code 1012: restart); run"),
+        (1001, "Closed with code 1001.", "was lost (Closed with code 1001); run"),
+        (None, "no bytes for 5 s after a ping", "was lost (no bytes for 5 s after a ping); run"),
+        (None, "", "was lost; run"),
+    ],
+)
+def test_a_loss_says_once_why(code: int | None, reason: str, said: str) -> None:
+    """What the peer closed with, or what was seen on this side."""
+    assert said in str(connection_lost(make_run(delivery_orphan_policy="cancel"), Loss(code, reason)))
