@@ -189,7 +189,6 @@ class LinkThreads(LinkEnds):
             raise TransportClosed(str(exc), close_code=exc.close_code, reason=str(exc)) from None
         now = self._clock.monotonic()
         effects: list[Effect] = []
-        arrived: list[str] = []
         with self._state_lock:
             self._counts["events"] += len(decoded.events)
             for reason in decoded.ignored:
@@ -206,7 +205,7 @@ class LinkThreads(LinkEnds):
                     continue
                 ended = kind in frames.TERMINAL_EVENTS
                 if ended and not self._table.waits_elsewhere(event["run_id"], generation):
-                    arrived.append(event["run_id"])
+                    connection.arrived(event["run_id"])  # before the id can be used again
                 effects += self._table.receive(event, now, generation)
             if proven and self._connection is connection:
                 self._reconnect.proven()
@@ -216,7 +215,7 @@ class LinkThreads(LinkEnds):
             homeless = self._connection is None and self._state not in OVER and self._table.homeless()
             waiting = homeless and not asked
             moment = self._next_decision()
-        connection.acknowledge(arrived)
+        connection.acknowledge()
         self._apply(effects)
         if waiting:
             self._start_again()

@@ -162,16 +162,19 @@ class Connection:
         """Tell whether the worker may still say what it has of the runs it was asked for."""
         return self.unanswered > 0 and self._clock.monotonic() < self._answers_by
 
-    def acknowledge(self, run_ids: Sequence[str]) -> None:
-        """Tell the worker, soon, that terminal events have arrived. Reader thread only."""
-        if run_ids and self.offers("ack"):
+    def arrived(self, run_id: str) -> None:
+        """Note that the terminal event of a run has arrived; no I/O. Reader thread only."""
+        if self.offers("ack"):
             with self._ack_lock:
-                self._arrived.update(dict.fromkeys(run_ids))
-            if self.draining or len(self._arrived) >= _MANY_ACKS:
-                self.post_acks()
-                self.flush()
-            elif self._ack_at is None:
-                self._ack_at = self._clock.monotonic() + _ACK_DELAY
+                self._arrived[run_id] = None
+
+    def acknowledge(self) -> None:
+        """Tell the worker, soon, what has arrived. Reader thread only."""
+        if self._arrived and (self.draining or len(self._arrived) >= _MANY_ACKS):
+            self.post_acks()
+            self.flush()
+        elif self._arrived and self._ack_at is None:
+            self._ack_at = self._clock.monotonic() + _ACK_DELAY
 
     def post_acks(self) -> None:
         """Queue what is to be acknowledged."""

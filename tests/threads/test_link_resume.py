@@ -6,11 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import pytest
 from fault_helpers import until
 
+from wove_ws_sync.connection import Connection
 from wove_ws_sync.errors import AuthenticationRejected, ConnectionLost, DeliveryTimeout, ExecutorClosed
 from wove_ws_sync.frames import FEATURES
 from wove_ws_sync.link import Link, LinkState
@@ -252,6 +254,33 @@ def test_a_run_id_that_is_used_again_names_a_new_run(make: Callable[..., Fixture
         fixture.submit("r")
         worker.feed(ended("r"))
         assert fixture.next()["type"] == "task_result"
+    assert [frame["type"] for frame in worker.sent(3)] == ["run_task", "event_ack", "run_task"]
+
+
+def test_a_run_id_that_is_used_again_at_once_names_a_new_run(make: Callable[..., Fixture]) -> None:
+    """The same if somebody submits it before the reader has gone on from the earlier end."""
+    fixture = make()
+    worker = fixture.worker()
+    there, go_on = threading.Event(), threading.Event()
+
+    def pause(frame: FrameType, event: str, arg: Any) -> None:
+        if frame.f_code is Connection.acknowledge.__code__:
+            there.set()
+            go_on.wait(WAIT)
+
+    before = threading.gettrace()
+    threading.settrace(pause)
+    try:
+        fixture.submit("r")
+    finally:
+        threading.settrace(before)  # type: ignore[arg-type]  # None is for no tracing
+    worker.feed(ended("r"))
+    assert there.wait(WAIT)
+    fixture.submit("r")
+    go_on.set()
+    assert fixture.next()["type"] == "task_result"
+    worker.feed(ended("r"))
+    assert fixture.next()["type"] == "task_result"
     assert [frame["type"] for frame in worker.sent(3)] == ["run_task", "event_ack", "run_task"]
 
 
