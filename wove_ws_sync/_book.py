@@ -8,7 +8,7 @@ of each, and order after an exception. Never: hears of events, moments or losses
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Any
 
 from ._alarms import Alarms
@@ -27,6 +27,9 @@ from ._run import (
 
 __all__ = ["RunBook"]
 
+# Of more runs than these it is not remembered that a worker still has them.
+_MOST_LEFT = 10_000
+
 
 class RunBook:
     """What :class:`~wove_ws_sync.runs.RunTable` decides about. The link's state lock guards every call."""
@@ -38,6 +41,8 @@ class RunBook:
         self.alarms = Alarms(self.runs)
         # What has ended and was not told yet, and by which thread that will be.
         self._untold: dict[Run, tuple[int, RunState, dict[str, Any], int | None]] = {}
+        # Runs that have ended here while a worker had them: which connection will bring the end from there.
+        self._left: OrderedDict[str, int] = OrderedDict()
         #: How many runs each connection carries, by generation.
         self.carried: Counter[int] = Counter()
         #: The bytes of all messages that may have to be sent, or sent again.
@@ -66,6 +71,20 @@ class RunBook:
         if generation is not None:
             self.carried[generation] += 1
         run.generation = generation
+
+    def is_left(self, run_id: str) -> bool:
+        """Tell whether a run of that id has ended here and its end at the worker is still to come."""
+        return run_id in self._left
+
+    def ended_there(self, run_id: str, generation: int) -> None:
+        """Note that the end of a run came over a connection."""
+        if self._left.get(run_id) == generation:
+            del self._left[run_id]
+
+    def hears_no_more(self, generation: int) -> None:
+        """Expect nothing of a connection that is lost: what a worker has of it is over with the next one."""
+        for run_id in [run_id for run_id, of in self._left.items() if of == generation]:
+            del self._left[run_id]
 
     def forget_message(self, run: Run) -> None:
         """Drop a message that will not be sent again."""
@@ -118,6 +137,10 @@ class RunBook:
     def finish(self, run: Run, state: RunState, event: dict[str, Any]) -> list[Effect]:
         """Set the terminal state, once, and free what the run held."""
         assert not run.terminal, f"run {run.run_id!r} ended twice"
+        if run.answered and run.generation is not None and state is not RunState.DETACHED:
+            self._left[run.run_id] = run.generation
+            if len(self._left) > _MOST_LEFT:
+                self._left.popitem(last=False)
         self._untold[run] = (threading.get_ident(), state, event, run.generation)
         run.state = state
         self.forget_message(run)

@@ -111,10 +111,15 @@ class RunTable:
     def register(self, run: Run, now: float) -> None:
         """Take *run* in, QUEUED; its ``delivery_timeout`` counts from here.
 
-        Raises InFlight, a ValueError, if a run of that id is.
+        Raises InFlight, a ValueError, if a run of that id is, or has ended here and not at the worker yet.
         """
         if run.run_id in self._runs:
             raise InFlight(f"run_id {run.run_id!r} is already in flight; give every run an id of its own.")
+        if run.needs is None and self._book.is_left(run.run_id):  # who attaches to it wants just that end
+            raise InFlight(
+                f"run_id {run.run_id!r} has ended here, but its end at the worker service is still to come; "
+                "give every run an id of its own."
+            )
         run.deadline = run.deadline.earliest(Deadline.after(run.delivery.delivery_timeout, now))
         run.life = now
         self._book.add(run, now)
@@ -144,6 +149,12 @@ class RunTable:
         Events of unknown and ended runs, and of runs that this connection does not carry, are
         counted and dropped.
         """
+        effects = self._receive(event, now, generation)
+        if event["type"] in TERMINAL_EVENTS:
+            self._book.ended_there(event["run_id"], generation)
+        return effects
+
+    def _receive(self, event: dict[str, Any], now: float, generation: int) -> list[Effect]:
         run = self._runs.get(event["run_id"])
         if run is None or run.generation != generation:
             self.dropped["unknown_run" if run is None else "stale"] += 1
@@ -257,6 +268,7 @@ class RunTable:
         have seen waits in LIMBO for :meth:`resumed`, until *limbo_until* or not at all (None: such a
         worker keeps nothing); then its orphan policy decides.
         """
+        self._book.hears_no_more(generation)
         return self._losses.lost(generation, loss, now, limbo_until)
 
     def limbo(self) -> list[str]:

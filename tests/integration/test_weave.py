@@ -345,3 +345,39 @@ def test_the_sync_executor_takes_a_run_id_again(worker: LoopbackWorker) -> None:
         results.append(event["result"])
     executor.stop()
     assert results == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["cancel", "deadline", "stop"])
+def test_the_sync_executor_takes_no_old_end_for_a_new_one(worker: LoopbackWorker, way: str) -> None:
+    """A run_id is refused until the worker has done with a run that was given up, and new after that."""
+    executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
+
+    def start() -> None:
+        executor.start(environment_name="e", environment_config=worker.config, run_config={})
+
+    async def long() -> None:
+        await asyncio.sleep(60)
+
+    start()
+    frame = {"type": "run_task", "run_id": way, "task_id": "t", "args": {}}
+    delivery = {"delivery_timeout": 0.5} if way == "deadline" else {}
+    executor.send({**frame, "callable": long, "delivery": delivery})
+    assert executor.recv(timeout=30)["type"] == "task_started"
+    if way == "stop":
+        executor.stop()
+        start()
+    elif way == "cancel":
+        executor.send({"type": "cancel_task", "run_id": way})
+    if way != "stop":
+        assert executor.recv(timeout=30)["type"] == ("task_error" if way == "deadline" else "task_cancelled")
+    end = time.monotonic() + 30
+    while True:
+        try:
+            executor.send({**frame, "callable": lambda: 2})
+            break
+        except ValueError:
+            assert time.monotonic() < end
+    while (event := executor.recv(timeout=30))["type"] == "task_started":
+        pass
+    executor.stop()
+    assert event.get("result") == 2

@@ -89,6 +89,51 @@ def test_an_id_may_be_used_again_after_its_end() -> None:
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("way", ["cancel", "deadline", "stop"])
+def test_an_id_is_refused_while_the_worker_has_its_run(way: str) -> None:
+    """The end of a run that was given up on this side would be taken for that of the new one."""
+    runs = table()
+    run = on_its_way(runs, make_run(delivery_timeout=1.0))
+    if way == "cancel":
+        runs.cancel(run, 1.0)
+    elif way == "deadline":
+        runs.tick(1.0)
+    else:
+        runs.abandon("session")
+    assert run.terminal
+    with pytest.raises(ValueError, match="'r' has ended here, but its end at the worker service is still"):
+        runs.register(make_run(), 1.0)
+    runs.receive(event("task_started"), 1.0, 1)
+    runs.receive(event("task_cancelled"), 1.0, 2)
+    with pytest.raises(ValueError, match="still to come"):
+        runs.register(make_run(), 1.0)
+    runs.receive(event("task_cancelled"), 1.0, 1)
+    on_its_way(runs, make_run())
+    assert len(delivered(runs.receive(event("task_result"), 2.0, 1))) == 1
+
+
+def test_an_id_is_free_where_no_end_is_to_come() -> None:
+    """Of what never left, what a lost connection carried, and what the worker was to keep for others."""
+    runs = table()
+    runs.cancel(on_its_way(runs, make_run(), receipt=Receipt(started=False, sent_at=None)), 1.0)
+    runs.cancel(on_its_way(runs, make_run()), 1.0)
+    lose(runs)
+    on_its_way(runs, make_run(delivery_orphan_policy="detach"))
+    runs.abandon("session")
+    on_its_way(runs, make_run())
+    assert len(runs) == 1
+
+
+def test_ids_of_silent_workers_are_forgotten() -> None:
+    """A worker that never answers a cancellation costs a bounded number of ids."""
+    runs = table()
+    for number in range(10_001):
+        runs.cancel(on_its_way(runs, make_run(f"r{number}")), 0.0)
+    runs.register(make_run("r0"), 0.0)
+    with pytest.raises(ValueError, match="still to come"):
+        runs.register(make_run("r1"), 0.0)
+
+
 @pytest.mark.parametrize("receipt", [None, Receipt(started=False, sent_at=None), Receipt()])
 def test_deadline_counts_from_register(receipt: Receipt | None) -> None:
     """delivery_timeout covers the queue, the send and the run alike, with Wove's text."""
