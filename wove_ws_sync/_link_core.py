@@ -244,9 +244,11 @@ class LinkCore:
 
     def _tell_worker(self, run: Run, generation: int | None, *, cancel: bool) -> None:
         """Tell the worker that has a run to cancel it, or to let go of it."""
-        connection = None if generation is None else self._live.get(generation)
+        connection = self._connection if generation is None else self._live.get(generation)
         if connection is None or connection.transport is None:
             return  # a worker that comes back learns what is wanted from the list of those that are
+        if generation is None and not (run.terminal and connection.offers("resume")):
+            return  # what ended after that list had left has to be said
         if cancel:
             command = {
                 "type": "cancel_task",

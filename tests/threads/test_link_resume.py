@@ -229,6 +229,22 @@ def test_a_deadline_counts_while_the_connection_is_lost(make: Callable[..., Fixt
     assert [frame.get("run_ids", frame.get("run_id")) for frame in again.sent(2)] == [[], "r2"]
 
 
+@pytest.mark.parametrize("policy", ["cancel", "detach"])
+def test_what_ends_while_the_worker_is_asked_is_ended_there(
+    make: Callable[..., Fixture], policy: str
+) -> None:
+    """The run is in the list of those that are wanted, which has left."""
+    fixture = make()
+    lose(fixture, fixture.worker(), delivery_orphan_policy=policy)
+    again = fixture.worker()
+    fixture.redial()
+    assert again.sent(1)[0]["run_ids"] == ["r1"]
+    fixture.session.abandon()
+    fixture.next()
+    again.feed(state("r1", "alive"))
+    assert again.sent(2)[1]["type"] == f"{policy}_task"
+
+
 def test_terminal_events_are_acknowledged_together(make: Callable[..., Fixture]) -> None:
     """Half a second later, or when there are many; also those of runs that nobody knows any more."""
     fixture = make()
