@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Hashable
 
+from . import _fork
 from ._link_core import OVER, Dial, LinkState, same_error, too_large
 from ._link_threads import LinkThreads
 from .connection import Connection
@@ -52,6 +53,7 @@ class Link(LinkThreads):
 
         ``docs/reference/stats`` lists the names; what never happened counts 0.
         """
+        _fork.check()
         with self._state_lock:
             stats = self._counts + self._table.counts
             stats.update({f"dropped_{reason}": count for reason, count in self._table.dropped.items()})
@@ -302,8 +304,9 @@ class Link(LinkThreads):
                 connection.over.wait(1.0)
 
     def abandon_after_fork(self) -> None:
-        """Close the inherited descriptors in a forked child and nothing else; takes no lock."""
+        """Close the inherited descriptors in a forked child and renew the lock; takes none."""
         inherited, self._undisposed, self._live, self._connection = self._undisposed, [], {}, None
         self._state = LinkState.CLOSED
+        self._state_lock = threading.Lock()
         for connection in inherited:
             connection.abandon_after_fork()

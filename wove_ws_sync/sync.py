@@ -113,6 +113,7 @@ class SyncWebSocketEnvironmentExecutor:
 
         Raises RuntimeError before ``start()``, ValueError for an id in flight.
         """
+        _fork.check()
         with self._lock:
             session, events = self._started(), self._events
         options = DeliveryOptions.from_mapping({**self._defaults, **delivery})

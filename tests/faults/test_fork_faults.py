@@ -238,6 +238,8 @@ FIRST_CALLS = {
     "callback": "run.add_done_callback(lambda future: None)",
     "send": 'must_fork(lambda: ex.send({"type": "shutdown"}))',
     "recv": "must_fork(ex.recv)",
+    "attach": 'must_fork(lambda: ex.attach("r"))',
+    "stats": 'assert link.stats()["runs"] == 1',
     "stop": "ex.stop()",
     "start": 'ex.start(environment_name="e", environment_config=CONFIG, run_config={}); ex.stop(); '
     "wove_ws_sync.session.close_links()",
