@@ -70,7 +70,7 @@ class _Group:
     of them it means, so every inbox gets every event; Wove ignores runs it does not know.
     """
 
-    def __init__(self, session: Session, run_config: Mapping[str, Any], carrier: Carrier) -> None:
+    def __init__(self, session: Session, run_config: Mapping[str, Any] | None, carrier: Carrier) -> None:
         self.carrier = carrier
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task()
@@ -182,7 +182,7 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         *,
         environment_name: str,
         environment_config: Mapping[str, Any],
-        run_config: Mapping[str, Any],
+        run_config: Mapping[str, Any] | None = None,
     ) -> None:
         """Join the link, dialling it in a thread of the loop's if it is not connected yet.
 

@@ -90,8 +90,11 @@ class WebSocketExecutor(concurrent.futures.Executor):
         be pickled or sent is raised by the future. The call blocks while the message leaves
         this process, at most until ``delivery_timeout``.
 
-        Raises ExecutorClosed, a RuntimeError, after :meth:`shutdown`.
+        Raises ExecutorClosed, a RuntimeError, after :meth:`shutdown`, and TypeError for what cannot be
+        called.
         """
+        if not callable(fn):
+            raise TypeError(f"submit() takes a callable first, not {type(fn).__name__}.")
         future: RunFuture[_T] = self._future_type(self._core.new_run_id(fn), self._core)
         self._core.submit(future, functools.partial(fn, *args) if args else fn, kwargs, self._delivery)
         return future

@@ -61,7 +61,7 @@ class SyncWebSocketEnvironmentExecutor:
         *,
         environment_name: str,
         environment_config: Mapping[str, Any],
-        run_config: Mapping[str, Any],
+        run_config: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the configuration and connect, within ``open_timeout``.
 
@@ -88,8 +88,8 @@ class SyncWebSocketEnvironmentExecutor:
         ``run_task`` blocks until the frame left this process, at most until its
         ``delivery_timeout``. ``shutdown`` ends the runs of this executor and no others.
 
-        Raises RuntimeError before ``start()``, ValueError for unknown types, ids in flight
-        and frames over ``max_message_bytes``, and whatever pickling the arguments raises.
+        Raises RuntimeError before ``start()``, ValueError for unknown types, missing keys, ids in
+        flight and frames over ``max_message_bytes``, and whatever pickling the arguments raises.
         """
         _fork.check()
         with self._lock:
@@ -193,8 +193,9 @@ def check_frame(frame: Mapping[str, Any]) -> str:
     return str(kind)
 
 
-def run_defaults(run_config: Mapping[str, Any]) -> dict[str, Any]:
+def run_defaults(run_config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what a weave's ``run_config`` says about delivery, without None."""
+    run_config = run_config or {}
     keys = ("delivery_heartbeat_seconds", "delivery_orphan_policy")
     return {key: run_config[key] for key in keys if run_config.get(key) is not None}
 

@@ -478,3 +478,12 @@ def test_a_collected_map_takes_no_lock(worker: LoopbackWorker, gate: Callable[[]
         done, not_done = concurrent.futures.wait(rest, WAIT)
         assert not not_done
         assert all(future.cancelled() for future in done)
+
+
+@pytest.mark.parametrize("args", [(), (1,)])
+def test_what_cannot_be_called_is_a_type_error(worker: LoopbackWorker, args: tuple[int, ...]) -> None:
+    """At once, and nothing is sent."""
+    with WebSocketExecutor(worker.url, security=worker.security) as pool:
+        with pytest.raises(TypeError, match="callable"):
+            pool.submit(5, *args)  # type: ignore[arg-type]
+        assert pool.link is None

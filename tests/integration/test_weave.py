@@ -353,7 +353,7 @@ def test_the_sync_executor_takes_no_old_end_for_a_new_one(worker: LoopbackWorker
     executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
 
     def start() -> None:
-        executor.start(environment_name="e", environment_config=worker.config, run_config={})
+        executor.start(environment_name="e", environment_config=worker.config, run_config=None)
 
     async def long() -> None:
         await asyncio.sleep(60)
