@@ -18,6 +18,7 @@ from typing import Any
 
 __all__ = [
     "Check",
+    "callable_only",
     "context_vars",
     "flag",
     "map_sizes",
@@ -142,6 +143,12 @@ def one_of(*known: str) -> Check:
 def or_none(check: Check) -> Check:
     """Return *check* for a value that may be None."""
     return lambda label, value, remedy: None if value is None else check(label, value, remedy)
+
+
+def callable_only(fn: object) -> None:
+    """Raise TypeError for what is to be run and cannot be called."""
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, not {type(fn).__name__}.")
 
 
 def map_sizes(chunksize: int, buffersize: int | None) -> None:

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 from wove.runtime import runtime
 
 from . import _fork, _variables, security
-from ._checks import map_sizes
+from ._checks import callable_only, map_sizes
 from ._executor_core import ExecutorCore, Owner
 from ._observe import OnEvent
 from ._run_future import RunFuture
@@ -90,11 +90,10 @@ class WebSocketExecutor(concurrent.futures.Executor):
         be pickled or sent is raised by the future. The call blocks while the message leaves
         this process, at most until ``delivery_timeout``.
 
-        Raises ExecutorClosed, a RuntimeError, after :meth:`shutdown`, and TypeError for what cannot be
-        called.
+        Raises TypeError for what cannot be called, and ExecutorClosed, a RuntimeError, after
+        :meth:`shutdown`.
         """
-        if not callable(fn):
-            raise TypeError(f"submit() takes a callable first, not {type(fn).__name__}.")
+        callable_only(fn)
         future: RunFuture[_T] = self._future_type(self._core.new_run_id(fn), self._core)
         self._core.submit(future, functools.partial(fn, *args) if args else fn, kwargs, self._delivery)
         return future
@@ -151,6 +150,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
         *buffersize* limits the runs submitted ahead of the consumer (None: all at once).
         Runs not yet consumed are cancelled when the iterator is closed.
         """
+        callable_only(fn)
         map_sizes(chunksize, buffersize)
         if chunksize > 1 and self._core.options.result_format == "json":
             raise ValueError("chunksize must be 1 with result_format='json': a chunk has no name.")

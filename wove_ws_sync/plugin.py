@@ -6,6 +6,7 @@ executor names mean.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ def uninstall() -> None:
             _original = None
 
 
+@functools.wraps(wove.config, assigned=(), updated=())  # for its signature alone
 def config(**settings: Any) -> Any:
     """Call :func:`install`, then ``wove.config`` with the same keywords, and return what it returns."""
     install()

@@ -33,11 +33,13 @@ class SyncWebSocketEnvironmentExecutor:
     :meth:`recv` also returns ``progress`` frames, which Wove does not know.
     """
 
+    _session: Session | None = None  # for one whose __init__ did not run
+
     def __init__(self, *, progress: bool = False) -> None:
         self._progress = progress
         self._carrier = Carrier()
         self._lock = threading.Lock()
-        self._session: Session | None = None
+        self._session = None
         self._defaults: dict[str, Any] = {}
         self._events: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         _fork.forget_in_child(self)
@@ -47,7 +49,7 @@ class SyncWebSocketEnvironmentExecutor:
         return f"<{type(self).__name__} {session.link if session else 'not started'}>"
 
     def __del__(self) -> None:
-        session = getattr(self, "_session", None)
+        session = self._session
         if session is not None and session.drop():
             warnings.warn(f"unclosed {self!r}; call its stop()", ResourceWarning, stacklevel=2, source=self)
 
@@ -194,7 +196,7 @@ def check_frame(frame: Mapping[str, Any]) -> str:
 
 
 def run_defaults(run_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a weave's ``run_config`` says about delivery, without None."""
+    """Return what a weave's ``run_config``, if there is one, says about delivery, without None."""
     run_config = run_config or {}
     keys = ("delivery_heartbeat_seconds", "delivery_orphan_policy")
     return {key: run_config[key] for key in keys if run_config.get(key) is not None}

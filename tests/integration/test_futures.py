@@ -120,6 +120,16 @@ def test_map_checks_its_numbers(pool: WebSocketExecutor) -> None:
         pool.map(abs, [1], buffersize="2")  # type: ignore[arg-type]
 
 
+def test_what_cannot_be_called_is_refused_at_once(pool: WebSocketExecutor) -> None:
+    """Whatever else is given, and before anything is sent."""
+    for call in (pool.submit, pool.map):
+        for more in ([], [[1]]):
+            with pytest.raises(TypeError, match="fn must be callable, not int"):
+                call(5, *more)  # type: ignore[operator]
+    with pytest.raises(TypeError, match="fn must be callable, not int"):
+        pool.map(5, [1], chunksize=2)  # type: ignore[arg-type]
+
+
 def test_map_with_a_buffer_takes_no_more_than_it_may(pool: WebSocketExecutor) -> None:
     """An endless iterable is fine, and at most buffersize items are ahead of the consumer."""
     taken: list[int] = []
@@ -478,12 +488,3 @@ def test_a_collected_map_takes_no_lock(worker: LoopbackWorker, gate: Callable[[]
         done, not_done = concurrent.futures.wait(rest, WAIT)
         assert not not_done
         assert all(future.cancelled() for future in done)
-
-
-@pytest.mark.parametrize("args", [(), (1,)])
-def test_what_cannot_be_called_is_a_type_error(worker: LoopbackWorker, args: tuple[int, ...]) -> None:
-    """At once, and nothing is sent."""
-    with WebSocketExecutor(worker.url, security=worker.security) as pool:
-        with pytest.raises(TypeError, match="callable"):
-            pool.submit(5, *args)  # type: ignore[arg-type]
-        assert pool.link is None

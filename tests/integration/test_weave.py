@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import math
 import subprocess
 import sys
@@ -381,3 +382,27 @@ def test_the_sync_executor_takes_no_old_end_for_a_new_one(worker: LoopbackWorker
         pass
     executor.stop()
     assert event.get("result") == 2
+
+
+def test_run_config_may_be_left_out(worker: LoopbackWorker) -> None:
+    """None is as good as no defaults, for both executors."""
+    executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
+    executor.start(environment_name="e", environment_config=worker.config, run_config=None)
+    executor.stop()
+
+    async def start() -> None:
+        executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+        await executor.start(environment_name="e", environment_config=worker.config)
+        await executor.stop()
+
+    asyncio.run(start())
+
+
+def test_an_executor_that_was_not_made_whole_has_a_repr() -> None:
+    """Debuggers and reports of errors ask for it."""
+    assert "not started" in repr(object.__new__(wove_ws_sync.SyncWebSocketEnvironmentExecutor))
+
+
+def test_config_has_the_signature_of_woves() -> None:
+    """Editors and help() show the same keywords."""
+    assert inspect.signature(wove_ws_sync.config) == inspect.signature(wove.config)

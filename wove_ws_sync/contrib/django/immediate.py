@@ -20,7 +20,7 @@ from asgiref.sync import async_to_sync
 
 from ... import current, payloads
 from ..._carry import Carrier
-from ..._checks import map_sizes
+from ..._checks import callable_only, map_sizes
 from ..._exact import to_json
 from ..._named import encode_frame
 from ..._observe import OnEvent
@@ -75,6 +75,7 @@ class ImmediateExecutor(WebSocketExecutor):
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> RunFuture[_T]:
         """Call ``fn(*args, **kwargs)`` and return its future, which is done."""
+        callable_only(fn)
         if self._shut:
             raise ExecutorClosed("cannot schedule new futures after shutdown")
         name = getattr(fn, "__name__", type(fn).__name__)
@@ -95,6 +96,7 @@ class ImmediateExecutor(WebSocketExecutor):
         buffersize: int | None = None,
     ) -> Iterator[_T]:
         """Return an iterator over the results; beyond *buffersize* a call waits for its ``next()``."""
+        callable_only(fn)
         map_sizes(chunksize, buffersize)
         items = zip(*iterables)  # noqa: B905  # as the standard library
         called = [self.submit(fn, *item) for item in itertools.islice(items, buffersize)]
