@@ -211,6 +211,8 @@ def open_session(options: LinkOptions, environment: str = "") -> Session:
         with _links_lock:
             link = _links.get(options)
             if link is None or link.pid != os.getpid() or link.state in (LinkState.CLOSING, LinkState.CLOSED):
+                for closed in [known for known, of in _links.items() if of.state is LinkState.CLOSED]:
+                    del _links[closed]  # or settings that are never used again would pile up
                 link = _links[options] = Link(options)
                 _all_links.add(link)
         session = Session(link, environment)

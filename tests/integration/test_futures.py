@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from fault_helpers import link_of, until
 
 from wove_ws_sync import DeliveryCancelled, DeliveryTimeout, ExecutorClosed, RunFuture, WebSocketExecutor
+from wove_ws_sync.link import LinkState
 from wove_ws_sync.testing import LoopbackWorker, close_links
 
 WAIT = 30.0
@@ -488,3 +490,16 @@ def test_a_collected_map_takes_no_lock(worker: LoopbackWorker, gate: Callable[[]
         done, not_done = concurrent.futures.wait(rest, WAIT)
         assert not not_done
         assert all(future.cancelled() for future in done)
+
+
+def test_links_of_settings_that_are_not_used_again_are_forgotten(worker: LoopbackWorker) -> None:
+    """A header for each user, say, costs no memory once its connection has closed."""
+    seen: list[weakref.ref[Any]] = []
+    for user in "ab":
+        with WebSocketExecutor(**worker.config, headers={"X-User": user}, idle_timeout=0.01) as pool:
+            assert pool.submit(abs, -1).result(30) == 1
+            seen.append(weakref.ref(link_of(pool)))
+        del pool
+        if user == "a":
+            until(lambda: (link := seen[0]()) is None or link.state is LinkState.CLOSED)
+    until(lambda: gc.collect() >= 0 and seen[0]() is None)
