@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -273,23 +272,22 @@ def test_a_run_id_that_is_used_again_names_a_new_run(make: Callable[..., Fixture
     assert [frame["type"] for frame in worker.sent(3)] == ["run_task", "event_ack", "run_task"]
 
 
-def test_a_run_id_that_is_used_again_at_once_names_a_new_run(make: Callable[..., Fixture]) -> None:
+def test_a_run_id_that_is_used_again_at_once_names_a_new_run(
+    make: Callable[..., Fixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same if somebody submits it before the reader has gone on from the earlier end."""
     fixture = make()
     worker = fixture.worker()
     there, go_on = threading.Event(), threading.Event()
+    acknowledge = Connection.acknowledge
 
-    def pause(frame: FrameType, event: str, arg: Any) -> None:
-        if frame.f_code is Connection.acknowledge.__code__:
-            there.set()
-            go_on.wait(WAIT)
+    def paused(connection: Connection) -> None:
+        there.set()
+        go_on.wait(WAIT)
+        acknowledge(connection)
 
-    before = threading.gettrace()
-    threading.settrace(pause)
-    try:
-        fixture.submit("r")
-    finally:
-        threading.settrace(before)  # type: ignore[arg-type]  # None is for no tracing
+    monkeypatch.setattr(Connection, "acknowledge", paused)
+    fixture.submit("r")
     worker.feed(ended("r"))
     assert there.wait(WAIT)
     fixture.submit("r")
