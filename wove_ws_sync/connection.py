@@ -60,7 +60,7 @@ class Connection:
         self._pinged_at: float | None = None
         # Runs whose terminal events have arrived and that the worker has not been told of yet.
         self._arrived: dict[str, None] = {}
-        # Guards those until they are queued. Reentrant: a signal handler may submit.
+        # Guards those until they are queued. Reentrant: finalizers and signal handlers may come here.
         self._ack_lock = threading.RLock()
         self._ack_at: float | None = None
 
