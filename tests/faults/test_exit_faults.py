@@ -66,8 +66,9 @@ ALARMS = """
 
     def strike(number, frame):
         global struck
-        struck += 1
-        raise Struck
+        if armed:  # or too late: the system gave the signal to a thread that had to wait for its turn
+            struck += 1
+            raise Struck
 
     def submit():
         futures.append(pool.submit(add, 1, 1))
@@ -108,15 +109,17 @@ ALARMS = """
             concurrent.futures.wait(futures)
 
     signal.signal(signal.SIGALRM, strike)
-    struck = 0
+    armed, struck = False, 0
     while struck < points:
         operation = chance.choice(list(operations))
         before, futures = struck, []
         try:
             try:
+                armed = True
                 signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 1.2 * operations[operation]))
                 operation()
             finally:
+                armed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except (Struck, ConnectionLost, PayloadError):  # half a message may have left; see below
             assert struck > before
