@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import socket
 import sys
 import threading
 import urllib.error
@@ -19,6 +23,7 @@ from wove.environment import EnvironmentExecutionError
 
 from wove_ws_sync import RunFuture, WebSocketExecutor
 from wove_ws_sync.testing import LoopbackWorker
+from wove_ws_sync.worker.connection import HostConnection
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -183,6 +188,73 @@ class TestInFlight:
             assert host.is_quiet()
         assert not list(tmp_path.glob("r*"))
 
+    def test_what_is_let_go_outlives_a_host_with_too_many_runs(self) -> None:
+        """Its ``shutdown`` takes along what is not let go, and nothing else."""
+        with LoopbackWorker(workers=8, args=["--max-in-flight", "2"]) as worker:
+            with RawHost(worker, extensions=EVERYTHING, name="a" * 32) as host:
+                for number in range(4):
+                    delivery = {"delivery_orphan_policy": "detach"}
+                    host.run(slowly, f"r{number}", number=number, delivery=delivery)
+                    if number < 2:
+                        host.wait(f"r{number}", "task_started")
+                for number in (0, 2, 3):
+                    host.send(type="detach_task", run_id=f"r{number}", task_id="task")
+                host.send(type="shutdown")
+            with RawHost(worker, extensions=EVERYTHING, name="b" * 32) as host:
+                for number in (0, 2, 3):
+                    host.send(type="attach_task", run_id=f"r{number}", task_id="task")
+                    assert host.result(f"r{number}") == number
+                    host.ack(f"r{number}")
+                host.send(type="attach_task", run_id="r1", task_id="task")
+                plain_error(host.wait("r1")[-1], "UnknownRun")
+
+    def test_what_is_attached_while_others_wait_can_be_cancelled(self, tmp_path: Path) -> None:
+        """The cancel has it attached before, or it would find no run."""
+        gate = tmp_path / "gate"
+        with LoopbackWorker(workers=8, args=["--max-in-flight", "1"]) as worker:
+            with RawHost(worker, extensions=EVERYTHING, name="a" * 32) as host:
+                host.run(hold, "old", gate=str(gate), number=1, delivery={"delivery_orphan_policy": "detach"})
+                host.wait("old", "task_started")
+                host.send(type="detach_task", run_id="old", task_id="task")
+            with RawHost(worker, extensions=EVERYTHING, name="b" * 32) as host:
+                host.run(slowly, "first", number=1)
+                host.wait("first", "task_started")
+                delivery = {"delivery_cancel_mode": "best_effort"}
+                host.send(type="attach_task", run_id="old", task_id="task", delivery=delivery)
+                host.cancel("old")
+                assert host.wait("old")[-1]["type"] == "task_cancelled"
+                assert host.result("first") == 1
+            gate.touch()
+
+    def test_a_rest_does_not_go_on_with_what_websockets_has_stopped(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """It stops reading when it has too many frames; to go on behind its back would fill the memory."""
+        rests: list[tuple[bool, bool]] = []
+        rest = HostConnection._rest
+
+        async def noted(self: HostConnection, room: asyncio.Future[None]) -> None:
+            before = self._socket.transport.is_reading()
+            await rest(self, room)
+            rests.append((before, self._socket.transport.is_reading()))
+
+        monkeypatch.setattr(HostConnection, "_rest", noted)
+        with (
+            ServiceThread(workers=1, max_in_flight=1) as service,
+            RawHost(service, extensions=EVERYTHING, name="a" * 32, headers={}, ping_interval=None) as host,
+        ):
+            host.run(hold, "first", gate=str(tmp_path / "gate"), number=1)
+            host.wait("first", "task_started")
+            text = json.dumps({"type": "attach_task", "run_id": "r", "task_id": "t"}).encode()
+            frames = (bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text) * 40_000
+            flood = threading.Thread(target=_send_all, args=(host.socket.socket, frames))
+            flood.start()
+            until(lambda: any(not before for before, _ in rests))
+            (tmp_path / "gate").touch()
+            host.cut()
+            flood.join(WAIT)
+        assert (False, True) not in rests
+
     @pytest.mark.parametrize("named", [True, False])
     def test_the_wire_is_held_back_and_nothing_is_lost(self, tmp_path: Path, named: bool) -> None:
         """Beyond 8 MiB that wait the host cannot send on; when runs end it can, and all of them run."""
@@ -278,6 +350,19 @@ class TestInFlight:
             with RawHost(worker) as host:
                 assert host.is_quiet()
         assert not list(tmp_path.glob("r*"))
+
+
+def _send_all(wire: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # the connection is cut meanwhile
+        wire.sendall(data)
+
+
+def slowly(number: int) -> int:
+    """Runs in the worker."""
+    import time
+
+    time.sleep(1.0)
+    return number
 
 
 def length(text: str) -> int:

@@ -10,9 +10,11 @@ import pytest
 
 from wove_ws_sync.frames import InvalidMessage, encode
 from wove_ws_sync.worker.commands import (
+    AttachTask,
     CancelTask,
     DetachTask,
     EventAck,
+    Ignored,
     MalformedRun,
     Resume,
     RunTask,
@@ -208,11 +210,45 @@ class TestParked:
     def test_a_shutdown_takes_them_all_out(self) -> None:
         """Before it is obeyed itself."""
         parked = Parked()
-        for item in (command("r1"), DetachTask("r9"), command("r2")):
+        for item in (command("r1"), InvalidMessage("no"), command("r2")):
             parked.put(item, 10, 0.0)
         withdrawn = [Withdrawn(run_id, "task", None) for run_id in ("r1", "r2")]
         assert parked.overtakes(Shutdown()) == [*withdrawn, Shutdown()]
-        assert parked.take() == DetachTask("r9") and len(parked) == 0
+        assert isinstance(parked.take(), InvalidMessage) and len(parked) == 0
+
+    def test_a_cancel_has_its_run_attached_before(self) -> None:
+        """Or it would find no run. What is about other runs stays where it is."""
+        parked, attach = Parked(), AttachTask("r1", "task", None, "best_effort")
+        for item in (command("r0"), attach, command("r2")):
+            parked.put(item, 10, 0.0)
+        malformed = MalformedRun("r1", "task", "no", "run_task")
+        assert parked.overtakes(malformed) == []
+        assert parked.overtakes(CancelTask("r1", None)) == [attach, CancelTask("r1", None)]
+        assert parked.overtakes(malformed) == [malformed]
+        parked.put(attach, 10, 0.0)
+        assert parked.overtakes(DetachTask("r1")) == [attach, DetachTask("r1")]
+        assert [parked.take(), parked.take()] == [command("r0"), command("r2")] and parked.bytes == 0
+
+    def test_a_shutdown_has_everything_handed_over_before(self) -> None:
+        """Or what is to outlive its host would be cancelled with the rest."""
+        parked, attach = Parked(), AttachTask("r4", "task", None, "best_effort")
+        for item in (command("r1"), command("r2"), command("r3"), attach, DetachTask("r3"), DetachTask("r1")):
+            assert parked.overtakes(item) == []
+            parked.put(item, 10, 0.0)
+        handed = [attach, command("r3"), DetachTask("r3"), command("r1"), DetachTask("r1")]
+        assert parked.overtakes(Shutdown()) == [*handed, Withdrawn("r2", "task", None), Shutdown()]
+        assert len(parked) == 0 and parked.bytes == 0
+        assert parked.overtakes(CancelTask("r1", None)) == [CancelTask("r1", None)]
+
+    def test_a_run_that_does_not_wait_is_let_go_at_once(self) -> None:
+        """Which may make room for those that wait. What has no meaning waits for nothing either."""
+        parked = Parked()
+        parked.put(command("r1"), 10, 0.0)
+        for item in (DetachTask("r0"), MalformedRun("r0", "task", "no", "run_task"), Ignored("type")):
+            assert parked.overtakes(item) == [item]
+        for item in (DetachTask("r1"), MalformedRun("r1", "task", "no", "run_task")):
+            assert parked.overtakes(item) == []
+        assert "r1" in parked and "r0" not in parked
 
     def test_a_run_waits_once(self) -> None:
         """The second one would begin after the first was cancelled."""

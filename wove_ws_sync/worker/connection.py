@@ -213,7 +213,7 @@ class HostConnection:
             self._pass_on(command, obey)
         if urgent:
             self.has_room()
-        elif isinstance(item, RunTask) and self._parked.bytes > _MAX_PARKED:
+        elif isinstance(item, RunTask) and self._parked.bytes > _MAX_PARKED and not self._has(item.run_id):
             self._counters["queue_full"] += 1
             self.send(queue_full_event(item.run_id, item.task_id, self._max_in_flight, "--max-in-flight"))
         elif not self._parked.put(item, size, asyncio.get_running_loop().time(), self.host):
@@ -221,16 +221,22 @@ class HostConnection:
         elif self._beat_alarm is not None:
             self._beat_alarm.arm()
 
+    def _has(self, run_id: str) -> bool:
+        return run_id in self._parked or (self.host is not None and self.host.has(run_id))
+
     async def _rest(self, room: asyncio.Future[None]) -> None:
         """Read nothing for a moment; for longer if the host does not read either."""
-        self._socket.transport.pause_reading()
+        transport = self._socket.transport
+        was_reading = transport.is_reading()  # websockets stops that as well, until it is read from
+        transport.pause_reading()
         if self._is_stuffed():
             await room
         else:
             await asyncio.wait((room,), timeout=_REST)
             self._must_flush = True  # by a ping, so that a host that hears nothing else hears that
             _wake(self._idle_writer)
-        self._socket.transport.resume_reading()
+        if was_reading:
+            transport.resume_reading()
 
     async def _refuse(self, exc: InvalidMessage) -> None:
         self._counters["invalid_message"] += 1

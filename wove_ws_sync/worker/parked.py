@@ -8,10 +8,16 @@ command itself.
 command              read while runs wait here
 ==================== ==========================================================
 event_ack, resume    obeyed at once
+what is ignored      counted at once
 cancel_task          obeyed at once; a run that waits here never begins
 shutdown             the same, for every run that waits here
+detach_task          obeyed at once, unless its run waits here
+malformed run_task   refused at once, unless something about its run waits here
 any other            waits for its turn
 ==================== ==========================================================
+
+An attach_task or a detach_task that waits here, with its run if that waits too, is obeyed right
+before a cancel_task or detach_task of the same run, and before a shutdown.
 """
 
 from __future__ import annotations
@@ -20,7 +26,19 @@ import collections
 from typing import Any
 
 from ..frames import InvalidMessage
-from .commands import CancelTask, Command, EventAck, Resume, RunTask, Shutdown, Withdrawn
+from .commands import (
+    AttachTask,
+    CancelTask,
+    Command,
+    DetachTask,
+    EventAck,
+    Ignored,
+    MalformedRun,
+    Resume,
+    RunTask,
+    Shutdown,
+    Withdrawn,
+)
 from .runs import BeatSchedule, Run, RunState
 
 __all__ = ["Parked"]
@@ -41,6 +59,8 @@ class Parked:
         self._items: collections.OrderedDict[int, tuple[int, Command | InvalidMessage]]
         self._items = collections.OrderedDict()
         self._runs: dict[str, int] = {}
+        # What attaches a run, or lets it go, by its id.
+        self._handovers: dict[str, list[int]] = {}
         self._beating: dict[int, Run] = {}
         self._number = 0
         self.beats = BeatSchedule()
@@ -61,6 +81,8 @@ class Parked:
             if item.beat_interval is not None:
                 run = self._beating[self._number] = Run(item, owner)
                 self.beats.add(run, now)
+        elif isinstance(item, AttachTask | DetachTask):
+            self._handovers.setdefault(item.run_id, []).append(self._number)
         self._items[self._number] = (size + _OVERHEAD, item)
         self.bytes += size + _OVERHEAD
         return True
@@ -74,16 +96,35 @@ class Parked:
         while self._items:
             self.take()
 
+    def __contains__(self, run_id: str) -> bool:
+        """Tell whether a run of this id waits."""
+        return run_id in self._runs
+
     def overtakes(self, item: Command | InvalidMessage) -> list[Command]:
         """Return what is to be obeyed now that *item* has been read; nothing if it has to wait."""
-        if isinstance(item, EventAck | Resume):
+        if isinstance(item, EventAck | Resume | Ignored):
             return [item]
+        if isinstance(item, MalformedRun):
+            return [] if item.run_id in self._runs or item.run_id in self._handovers else [item]
+        if isinstance(item, DetachTask):
+            return [] if item.run_id in self._runs else [*self._hand_over(item.run_id), item]
         if isinstance(item, CancelTask):
+            before = self._hand_over(item.run_id)
             number = self._runs.get(item.run_id)
-            return [item] if number is None else [self._withdraw(number, item)]
+            return [*before, item] if number is None else [self._withdraw(number, item)]
         if isinstance(item, Shutdown):
-            return [*(self._withdraw(number, None) for number in list(self._runs.values())), item]
+            before = [command for run_id in list(self._handovers) for command in self._hand_over(run_id)]
+            return [*before, *(self._withdraw(number, None) for number in list(self._runs.values())), item]
         return []
+
+    def _hand_over(self, run_id: str) -> list[Command]:
+        """Take out what attaches the run or lets it go, with the run itself, in their order."""
+        numbers = self._handovers.get(run_id, [])[:]
+        if numbers and run_id in self._runs:
+            numbers.append(self._runs[run_id])
+        return [
+            item for number in sorted(numbers) if not isinstance(item := self._remove(number), InvalidMessage)
+        ]
 
     def _withdraw(self, number: int, cancel: CancelTask | None) -> Withdrawn:
         run = self._remove(number)
@@ -95,6 +136,10 @@ class Parked:
         self.bytes -= size
         if isinstance(item, RunTask):
             del self._runs[item.run_id]
+        elif isinstance(item, AttachTask | DetachTask):
+            self._handovers[item.run_id].remove(number)
+            if not self._handovers[item.run_id]:
+                del self._handovers[item.run_id]
         beating = self._beating.pop(number, None)
         if beating is not None:
             beating.state = RunState.ENDED  # as one that waits
