@@ -371,6 +371,85 @@ def test_an_engine_is_closed_while_a_process_arrives() -> None:
     assert (out.split(), code) == (["True"], 0), err
 
 
+OUTLIVES_A_BROKEN_POOL = """
+    import threading
+    from queue import SimpleQueue
+    from engine_tasks import ends_itself
+    from wove_ws_sync.worker import process_pools
+
+    process_pools._BROKEN_TIMEOUT = 0.2
+    ended, end = threading.Event(), process_pools._end
+    process_pools._end = lambda pool: (end(pool), ended.set())
+
+    pools = process_pools.ProcessPools(ends_itself, 1)
+    broken = pools._newest
+    lost = [pools.employ((3,)), pools.employ((3,))]
+    broken.stop()  # it takes nothing more then, as one that broke
+    print(lost[0].first_of(SimpleQueue(), 30))
+    lost[0].end()
+    other = pools.employ((3,))
+    print(pools._used == {broken: 1, pools._newest: 1}, ended.is_set())
+    lost[1].end()
+    print(ended.wait(30), pools._used == {pools._newest: 1})
+    print(other.first_of(SimpleQueue(), 30), other.exit_code(30), other.failure())
+    other.end()
+    pools.close()
+    print(pools.employ((3,)))
+"""
+
+
+def test_a_pool_that_broke_is_not_waited_for_and_ends_with_its_last_process() -> None:
+    """pebble forgets what it was asked for when a process is killed while it starts."""
+    out, err, code = python(OUTLIVES_A_BROKEN_POOL)
+    told = ["None", "True False", "True True", "None 3 Abnormal termination", "None"]
+    assert (out.splitlines(), code) == (told, 0), err
+
+
+@pytest.mark.parametrize("where", ["order", "recv_bytes"])
+def test_a_slot_that_fails_to_talk_to_its_process_ends_the_run(where: str) -> None:
+    """As it does when memory is short: a run that did not begin is begun elsewhere, another one ends."""
+    out, err, code = python(FAILS_TO_TALK, where)
+    told = {"order": ["started", "ended", "False"], "recv_bytes": ["started", "ended", "True"]}
+    assert (out.split(), code) == (told[where], 0), err
+
+
+FAILS_TO_TALK = """
+    import sys, threading
+    from multiprocessing.connection import Connection
+    from engine_tasks import square
+    from wove_ws_sync import payloads
+    from wove_ws_sync.worker import process_engine
+    from wove_ws_sync.worker.commands import RunTask
+    from wove_ws_sync.worker.jobs import Job
+
+    owner, name = {"order": (Job, "order"), "recv_bytes": (Connection, "recv_bytes")}[sys.argv[1]]
+    real, failed = getattr(owner, name), []
+
+    def fails_once(*args):
+        value = real(*args)
+        if not failed and (name == "order" or b"task_result" in value):
+            failed.append(True)
+            raise MemoryError
+        return value
+
+    engine = process_engine.ProcessEngine(1)
+    engine.start()
+    setattr(owner, name, fails_once)
+    ended, last = threading.Event(), []
+
+    def report(kind, event):
+        print(kind)
+        if kind == "ended":
+            last.append(event)
+            ended.set()
+
+    pickles = payloads.encode_value(square), payloads.encode_value({"number": 3})
+    engine.submit(Job(RunTask("run", "task", *pickles, None, "best_effort"), report, 1 << 20))
+    print(ended.wait(30) and b"WorkerProcessDied" in last[0], flush=True)
+    engine.close(30)
+"""
+
+
 CANCELS_WHAT_ENDED = """
     import os, sys, time
     from engine_tasks import ends_itself

@@ -107,6 +107,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.loops",
                 "worker.process_child",
                 "worker.process_engine",
+                "worker.process_pools",
                 "worker.thread_engine",
             }
         ),
@@ -154,7 +155,7 @@ OUTSIDE = {
     "joblib": {"contrib.joblib"},
     "jwt": {"worker.jwks", "worker.tokens"},
     "opentelemetry": {"_otel", "otel", "worker.telemetry"},
-    "pebble": {"worker.process_engine"},
+    "pebble": {"worker.process_pools"},
     "prometheus_client": {"worker.metrics"},
     "redis": {"worker.nonce_redis"},
     "requests": {"_token_endpoint"},

@@ -1,21 +1,19 @@
 """The engine ``processes``: each slot is a process, which is killed with the task that is to stop.
 
-Owns: a thread for each slot, the line of jobs, the connections to the processes. ``pebble``
-starts the processes and replaces those that end. Never: unpickles what a task is or returns.
+Owns: a thread for each slot, the line of jobs, the connections to the processes. Never:
+unpickles what a task is or returns.
 
-A process gets its jobs over a connection of its own and not from pebble, whose one channel
+A process gets its jobs over a connection of its own and not from its pool, whose one channel
 is shared by all: a process killed while it holds the lock of that would stop the others. So a
 process may be killed at any moment, and the end of its connection says that it is gone,
-whatever its exit code was. For pebble each process has one task that never ends.
+whatever its exit code was. For the pool each process has one task that never ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
-import multiprocessing
 import os
 import secrets
 import signal
@@ -24,15 +22,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from multiprocessing.connection import Client, Connection, Listener
 from queue import SimpleQueue
-from typing import Any
 
 from .engines import EngineError, check_workers
 from .events import service_error
 from .jobs import Job
 from .process_child import serve
+from .process_pools import Employment, ProcessPools
 from .runs import Stopped
 
 __all__ = ["ProcessEngine"]
@@ -40,9 +37,9 @@ __all__ = ["ProcessEngine"]
 _logger = logging.getLogger("wove_ws_sync.worker")
 _numbers = itertools.count()
 
-#: How long the first process may take to start, in seconds.
+#: How long a process may take to start, in seconds.
 _START_TIMEOUT = 60.0
-#: How long pebble may take to tell how a process ended, in seconds; it looks every 0.1 s.
+#: How long the pool may take to tell how a process ended, in seconds; it looks every 0.1 s.
 _EXIT_CODE_TIMEOUT = 2.0
 #: Between two attempts to start a process, in seconds.
 _PAUSE = 1.0
@@ -64,9 +61,9 @@ class ProcessEngine:
         # Guards all that follows, and each slot's job and child; notifies slots that wait for a job.
         self._changed = threading.Condition()
         self._line: deque[Job] = deque()
-        self._waiting: dict[int, SimpleQueue[_Child | None]] = {}
+        self._waiting: dict[int, SimpleQueue[tuple[Connection, int] | None]] = {}
         self._failure = ""
-        self._pools: list[Any] = []  # the last one is in use
+        self._pools: ProcessPools | None = None
         self._listener: Listener | None = None
         self._key = secrets.token_bytes(32)
         self._serials = itertools.count()
@@ -78,7 +75,7 @@ class ProcessEngine:
 
     def start(self) -> None:
         """See Engine. Blocks until the first process is there."""
-        self._add_pool()
+        self._pools = ProcessPools(serve, self.workers)
         self._listener = Listener(backlog=self.workers + 8, authkey=self._key)
         self._start_thread(f"wove-ws-accept-{next(_numbers)}", self._accept)
         for slot in self._slots:
@@ -126,66 +123,45 @@ class ProcessEngine:
             with contextlib.suppress(Exception):  # what waits in accept() has to be woken, if it still does:
                 Client(self._listener.address).close()  # so nothing is said, nor waited for
             self._listener.close()
-        self._start_thread(f"wove-ws-closer-{next(_numbers)}", self._end_pools)
+        if self._pools is not None:
+            self._start_thread(f"wove-ws-closer-{next(_numbers)}", self._pools.close)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     # -- the processes -----------------------------------------------------------
 
-    def _add_pool(self) -> None:
-        try:
-            from pebble import ProcessPool
-        except ImportError:
-            raise EngineError(
-                "The engine 'processes' needs the package pebble: pip install \"wove_ws_sync[processes]\""
-            ) from None
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload([serve.__module__])
-        self._pools.append(ProcessPool(max_workers=self.workers, context=context))
-
-    def _end_pools(self) -> None:
-        for pool in self._pools:
-            pool.stop()
-            pool.join()
-
     def hire(self) -> _Child | None:
         """Return a process that is ready, None if the engine is closed. Blocks."""
+        assert self._pools is not None
+        assert self._listener is not None
+        level, formatter = logging.getLogger().level, _stderr_formatter()
         while True:
-            inbox: SimpleQueue[_Child | None] = SimpleQueue()
+            inbox: SimpleQueue[tuple[Connection, int] | None] = SimpleQueue()
             with self._changed:
                 if self._closing.is_set():
                     return None
                 number = next(self._serials)
                 self._waiting[number] = inbox
-                employment = self._employ(number)
-            employment.add_done_callback(functools.partial(_tell_end, inbox))
-            child = inbox.get()
+            employment = self._pools.employ((self._listener.address, self._key, number, level, formatter))
+            if employment is None:  # closed meanwhile
+                return None
+            arrived = employment.first_of(inbox, _START_TIMEOUT)
             with self._changed:
-                del self._waiting[number]
-            if child is not None:
-                child.employment = employment
+                del self._waiting[number]  # so that nothing arrives any more
+            while arrived is None and not inbox.empty():
+                arrived = inbox.get()
+            if arrived is not None:
                 self._is_up.set()
-                return child
+                connection, pid = arrived
+                return _Child(connection, pid, employment)
             self._pause(employment)
+            employment.end()
 
-    def _employ(self, number: int) -> Future[None]:
-        """Have pebble call ``serve`` in a process that has no other task. Hold ``_changed``."""
-        assert self._listener is not None
-        level = logging.getLogger().level
-        arguments = (self._listener.address, self._key, number, level, _stderr_formatter())
-        try:
-            return self._pools[-1].schedule(serve, arguments)  # type: ignore[no-any-return]
-        except RuntimeError:  # it broke, as it does when a process without a task is killed
-            self._add_pool()  # what runs in the other one goes on
-            return self._pools[-1].schedule(serve, arguments)  # type: ignore[no-any-return]
-
-    def _pause(self, employment: Future[None]) -> None:
+    def _pause(self, employment: Employment) -> None:
         """Wait before the next attempt to have a process."""
         if not self._closing.is_set():
-            self._failure = f"A process of the engine could not be started: {employment.exception()}."
+            self._failure = f"A process of the engine could not be started: {employment.failure()}."
             _logger.error("%s", self._failure)
             self._closing.wait(_PAUSE)
 
@@ -202,10 +178,10 @@ class ProcessEngine:
         number, pid = connection.recv()
         with self._changed:
             inbox = self._waiting.get(number)
-        if inbox is None:
-            connection.close()  # which ends the process
-        else:
-            inbox.put(_Child(connection, pid))
+            if inbox is not None:
+                inbox.put((connection, pid))
+                return
+        connection.close()  # which ends the process
 
     # -- the line ------------------------------------------------------------------
 
@@ -221,6 +197,11 @@ class ProcessEngine:
                     job.future = slot
                     slot.job = job
                     return job
+
+    def kill(self, slot: _Slot) -> None:
+        """End the process of *slot* with the job that it executes."""
+        with self._changed:
+            slot.kill()
 
     def ended(self, slot: _Slot) -> bool:
         """Note that the job of *slot* has ended; return whether its process may take another."""
@@ -253,29 +234,23 @@ def _stderr_formatter() -> logging.Formatter | None:
     return None
 
 
-def _tell_end(inbox: SimpleQueue[_Child | None], employment: Future[None]) -> None:
-    inbox.put(None)  # which matters only if the process did not even get ready
-
-
 class _Child:
     """A process that is ready, and the connection to it."""
 
-    def __init__(self, connection: Connection, pid: int) -> None:
+    def __init__(self, connection: Connection, pid: int, employment: Employment) -> None:
         self.connection = connection
         self.pid = pid
-        self.employment: Future[None] | None = None
+        self._employment = employment
 
     def dismiss(self) -> int | None:
         """Wait until the process is gone, which it is with its connection; return its exit code if known."""
         self.connection.close()
-        assert self.employment is not None
-        try:
-            error = self.employment.exception(_EXIT_CODE_TIMEOUT)
-        except Exception:
-            error = None
-        self.employment.cancel()  # pebble does not notice the end of a process whose exit code is 0
-        code: int | None = getattr(error, "exitcode", None)
-        return code
+        return self._employment.exit_code(_EXIT_CODE_TIMEOUT)
+
+    def leave(self) -> None:
+        """End what there is of the process. To be called once."""
+        self.connection.close()
+        self._employment.end()  # the pool does not notice the end of a process whose exit code is 0
 
 
 class _Slot:
@@ -308,7 +283,7 @@ class _Slot:
                 _logger.exception("A slot of the engine failed.")
             finally:
                 self.child = None
-                child.connection.close()
+                child.leave()
 
     def _use(self, child: _Child) -> None:
         """Have *child* execute jobs until one of the two is gone."""
@@ -339,6 +314,10 @@ class _Slot:
                 if kind == "ended":
                     return True, True
         except (EOFError, OSError):
+            return begun, False
+        except Exception:  # memory was short, say: what the process does from here on is not known
+            _logger.exception("A process of the engine is ended, as talking to it failed.")
+            self._engine.kill(self)
             return begun, False
 
     def _lost(self, child: _Child, job: Job, *, begun: bool) -> None:
