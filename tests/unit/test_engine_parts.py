@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from concurrent.futures import Executor, Future
 from multiprocessing import Pipe
 from typing import Any
 
 import pytest
 
+from wove_ws_sync import payloads
+from wove_ws_sync.worker import jobs
 from wove_ws_sync.worker.commands import RunTask
 from wove_ws_sync.worker.future_engine import FutureEngine
 from wove_ws_sync.worker.jobs import Job
@@ -63,3 +67,55 @@ def test_a_job_that_an_executor_has_keeps_no_payload() -> None:
     assert job.order()[0].args_pickle is None
     assert engine.cancel(job) is Stopped.WITHDRAWN
     assert engine.close(WAIT)
+
+
+def a_job(function: Any, reports: list[tuple[str, Any]]) -> Job:
+    """Return a job of *function* whose reports, decoded, come to *reports*."""
+    pickles = payloads.encode_value(function).decode(), payloads.encode_value({}).decode()
+    return Job(
+        RunTask("run", "task", *pickles, None, "best_effort"),
+        lambda kind, event: reports.append((kind, json.loads(event))),
+        1 << 20,
+    )
+
+
+def drive(job: Job, awaitable: Any, context: Any) -> None:
+    asyncio.run(job.drive(awaitable))
+
+
+def short_of_memory(*args: Any, **kwargs: Any) -> Any:
+    raise MemoryError
+
+
+async def gives_one() -> int:
+    return 1
+
+
+@pytest.mark.parametrize("task", [int, gives_one], ids=["call", "coroutine"])
+def test_a_result_whose_message_finds_no_memory_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, task: Any
+) -> None:
+    reports: list[tuple[str, Any]] = []
+    job = a_job(task, reports)
+
+    def encode(frame: dict[str, Any]) -> bytes:
+        return short_of_memory() if frame["type"] == "task_result" else json.dumps(frame).encode()
+
+    monkeypatch.setattr(jobs, "encode", encode)
+    job.run(drive)
+    assert [kind for kind, _ in reports] == ["started", "ended"]
+    assert reports[-1][1]["type"] == "task_error" and job.done
+
+
+@pytest.mark.parametrize("task", [int, gives_one], ids=["call", "coroutine"])
+def test_a_run_ends_although_its_end_cannot_be_reported(monkeypatch: pytest.MonkeyPatch, task: Any) -> None:
+    """Or its host would hear heartbeats for ever."""
+    reports: list[tuple[str, Any]] = []
+    job = a_job(task, reports)
+    monkeypatch.setattr(payloads, "encode_value", short_of_memory)
+    monkeypatch.setattr(jobs, "plain_error", short_of_memory)
+    job.run(drive)
+    assert [kind for kind, _ in reports] == ["started", "ended"]
+    error = reports[-1][1]["error"]
+    assert (error["kind"], error["retryable"]) == ("ReportFailed", True)
+    assert "MemoryError" in error["message"] and "--workers" in error["message"]

@@ -29,6 +29,18 @@ def broken_before() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def gone_before() -> Iterator[None]:
+    raise asyncio.CancelledError("before the task")
+    yield
+
+
+@contextlib.contextmanager
+def gone_after() -> Iterator[None]:
+    yield
+    raise SystemExit("after the task")
+
+
+@contextlib.contextmanager
 def broken_after() -> Iterator[None]:
     yield
     raise LookupError("after the task")
@@ -52,11 +64,12 @@ def test_each_task_is_surrounded() -> None:
     assert SEEN[-2:] == ["after", "alone"]
 
 
-@pytest.mark.parametrize(("name", "where"), [("broken_before", "before"), ("broken_after", "after")])
+@pytest.mark.parametrize("kind", ["broken", "gone"])
+@pytest.mark.parametrize("where", ["before", "after"])
 def test_what_fails_around_a_task_harms_no_task(
-    name: str, where: str, caplog: pytest.LogCaptureFixture
+    kind: str, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    surroundings.use(f"surrounds:{name}")
+    surroundings.use(f"surrounds:{kind}_{where}")
     with caplog.at_level(logging.ERROR):
         surroundings.call(SEEN.append, "task")
     assert SEEN == ["task"] and f"failed {where} a task" in caplog.text

@@ -20,7 +20,7 @@ from .._exact import to_json
 from ..frames import encode
 from . import surroundings, telemetry
 from .commands import RunTask
-from .events import cancelled_event, error_event, plain_error
+from .events import cancelled_event, error_event, plain_error, service_error
 from .registry import UnknownTask, call_of
 from .voice import Voice
 
@@ -100,7 +100,12 @@ class Job:
 
     def run(self, adopt: Adopt) -> None:
         """Execute the task in this thread; hand an awaitable that it returns to *adopt*."""
-        contextvars.Context().run(surroundings.call, self._run, adopt)
+        try:
+            contextvars.Context().run(surroundings.call, self._run, adopt)
+        except BaseException as exc:
+            if self.coroutine:  # that is still to be driven
+                raise
+            self._broken(exc)
 
     def _run(self, adopt: Adopt) -> None:
         if self.abandoned:
@@ -140,7 +145,13 @@ class Job:
         )
 
     async def drive(self, awaitable: Awaitable[Any]) -> None:
-        """Await what the task returned and report how it ended. Never raises."""
+        """Await what the task returned and report how it ended."""
+        try:
+            await self._drive(awaitable)
+        except BaseException as exc:
+            self._broken(exc)
+
+    async def _drive(self, awaitable: Awaitable[Any]) -> None:
         try:
             value = await surroundings.awaited(awaitable)
         except asyncio.CancelledError:
@@ -194,6 +205,16 @@ class Job:
         self.done = True
         self._report("ended", event)
 
+    def _broken(self, exc: BaseException) -> None:
+        """End the job although reporting how it ended has failed, as it does when memory is short."""
+        if self.done:
+            raise exc
+        message = (
+            f"How the task ended could not be reported ({_describe(exc)}). It may have been executed. "
+            "If memory was short, return less at once or have fewer --workers."
+        )
+        self.relay("ended", service_error(self.run_id, self.task_id, "ReportFailed", message, retryable=True))
+
     def _cancelled(self) -> None:
         self._end(cancelled_event(self._command.run_id, self._command.task_id), "cancelled")
 
@@ -240,8 +261,12 @@ class Job:
             self._end(b"")
             return
         kind, named = type(value), bool(self._command.name)
+        event: dict[str, Any] = {"type": "task_result", "run_id": self.run_id, "task_id": self.task_id}
         try:
             encoded = to_json(value, "the result") if named else payloads.encode_value(value)
+            del value  # three of it would be in memory
+            event["result" if named else "result_pickle"] = encoded
+            message_bytes = encode(event) if len(encoded) < self._limit else b""
         except BaseException as exc:
             message = (
                 f"The task returned a {kind.__module__}.{kind.__qualname__} that cannot be "
@@ -251,10 +276,6 @@ class Job:
             name = "ResultNotJSON" if named else type(exc).__name__
             self._error(plain_error(name, message, "result", text=_traceback(exc)))
             return
-        del value
-        event: dict[str, Any] = {"type": "task_result", "run_id": self.run_id, "task_id": self.task_id}
-        event["result" if named else "result_pickle"] = encoded
-        message_bytes = encode(event) if len(encoded) < self._limit else b""
         if not message_bytes or len(message_bytes) > self._limit:
             self._too_large(len(message_bytes) or len(encoded))
             return
@@ -263,8 +284,8 @@ class Job:
     def _too_large(self, size: int) -> None:
         message = (
             f"The result of task {self._command.task_id!r} takes {size} bytes as a message; "
-            f"this host accepts {self._limit}. Return less, or where to find it, or use the executor of "
-            "wove_ws_sync on the host and raise executor_config.max_message_bytes."
+            f"this host accepts {self._limit}. Return less, or where to find it, or raise "
+            "executor_config.max_message_bytes of the host (Wove's own executor has no such setting)."
         )
         self._error(plain_error("ResultTooLarge", message, "result"))
 

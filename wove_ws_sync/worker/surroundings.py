@@ -60,12 +60,12 @@ def call(function: Callable[..., None], *args: Any) -> None:
     with ExitStack() as stack:
         try:
             stack.enter_context(around())
-        except Exception:
+        except BaseException:
             _logger.exception("What is around the tasks (--around) failed before a task.")
         function(*args)
         try:
             stack.close()
-        except Exception:
+        except BaseException:
             _logger.exception("What is around the tasks (--around) failed after a task.")
 
 
