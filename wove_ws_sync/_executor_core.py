@@ -23,6 +23,9 @@ from .runs import InFlight
 from .session import Session, open_session
 from .timing import Deadline
 
+#: So much of the name of a function, in characters, is in the ids of its runs.
+_MAX_NAME = 1000
+
 __all__ = ["ExecutorCore", "Owner"]
 
 
@@ -63,7 +66,8 @@ class ExecutorCore:
     def new_run_id(self, fn: Any) -> str:
         """Return an id for a run of *fn*: its name, for people, and 32 hexadecimal digits."""
         _fork.check()  # a child has a series of its own
-        return f"{getattr(fn, '__name__', type(fn).__name__)}:{self._series}{next(self._serials):08x}"
+        name = str(getattr(fn, "__name__", type(fn).__name__))
+        return f"{name[:_MAX_NAME]}:{self._series}{next(self._serials):08x}"
 
     def submit(
         self,

@@ -20,12 +20,14 @@ __all__ = [
     "EXTENDED_COMMANDS",
     "EXTENDED_EVENTS",
     "FEATURES",
+    "MAX_ID",
     "NOTICES",
     "TERMINAL_EVENTS",
     "CommandFrame",
     "Decoded",
     "EventFrame",
     "InvalidMessage",
+    "check_ids",
     "decode",
     "encode",
     "offered",
@@ -45,6 +47,9 @@ FEATURES = ("resume", "ack", "drain", "progress", "json")
 EXTENDED_COMMANDS = frozenset({"resume", "event_ack", "detach_task", "attach_task"})
 EXTENDED_EVENTS = frozenset({"progress"})
 NOTICES = frozenset({"resume_state", "draining"})
+
+#: The most characters of the id of a run or a task.
+MAX_ID = 4096
 
 
 class CommandFrame(TypedDict, total=False):
@@ -103,6 +108,15 @@ class Decoded(NamedTuple):
 def offered(result_format: str) -> str:
     """Return the extensions that a host with that ``result_format`` offers, as X-Wove-Sync lists them."""
     return ",".join(feature for feature in FEATURES if feature != "json" or result_format == "json")
+
+
+def check_ids(run_id: str, task_id: str) -> None:
+    """Raise ValueError for ids that no worker service takes, as it could not even answer."""
+    for key, value in (("run_id", run_id), ("task_id", task_id)):
+        if len(value) > MAX_ID:
+            raise ValueError(
+                f"{key} {value[:40]!r}... has {len(value)} characters; use {MAX_ID} of them at most."
+            )
 
 
 def encode(frame: Mapping[str, Any]) -> bytes:

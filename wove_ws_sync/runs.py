@@ -114,7 +114,8 @@ class RunTable:
         Raises InFlight, a ValueError, if a run of that id is, or has ended here and not at the worker yet.
         """
         if run.run_id in self._runs:
-            raise InFlight(f"run_id {run.run_id!r} is already in flight; give every run an id of its own.")
+            remedy = "give every run an id of its own" if run.needs is None else "use the future that it has"
+            raise InFlight(f"run_id {run.run_id!r} is already in flight; {remedy}.")
         if run.needs is None and self._book.is_left(run.run_id):  # who attaches to it wants just that end
             raise InFlight(
                 f"run_id {run.run_id!r} has ended here, but its end at the worker service is still to come; "
@@ -163,8 +164,13 @@ class RunTable:
         run.answered = True
         if event["type"] not in TERMINAL_EVENTS:
             run.cuts = run.futile = 0
-            if event["type"] == "task_started" and run.delivery.delivery_orphan_policy != "requeue":
-                self._book.forget_message(run)  # it will not be sent again, whatever comes
+            if event["type"] == "task_started":
+                if run.begun == run.attempt:
+                    self.dropped["repeated"] += 1
+                    return []
+                run.begun = run.attempt
+                if run.delivery.delivery_orphan_policy != "requeue":
+                    self._book.forget_message(run)  # it will not be sent again, whatever comes
             if run.state is RunState.SENT and event["type"] != "log":
                 run.state = RunState.RUNNING
             return [Deliver(run, event)]

@@ -78,7 +78,8 @@ class Session:
         caller. *deadline* is that of ``Link.deadline`` before anything was pickled, or else counts from
         here; *wait*, *flush* and *block* are those of ``Link.submit``.
 
-        Raises ValueError for a frame larger than ``max_message_bytes`` or a run_id in flight.
+        Raises ValueError for a frame larger than ``max_message_bytes``, a run_id in flight, or an id
+        of more than 4096 characters.
         """
         self.check_process()
         telemetry, options = _telemetry.host, self.link.options
@@ -149,6 +150,7 @@ class Session:
         deadline: Deadline,
         needs: str | None = None,
     ) -> Run:
+        frames.check_ids(command["run_id"], command["task_id"])
         return Run(
             run_id=command["run_id"],
             task_id=command["task_id"],

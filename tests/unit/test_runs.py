@@ -72,6 +72,17 @@ def test_result_ends_a_run_once() -> None:
     assert len(runs) == 0
 
 
+def test_a_start_is_told_once_for_each_attempt() -> None:
+    """A worker that repeats it would fill the memory of whoever takes no events meanwhile."""
+    runs = table()
+    on_its_way(runs, make_run(delivery_orphan_policy="requeue"))
+    told = [len(delivered(runs.receive(event("task_started"), 1.0, 1))) for _ in range(3)]
+    assert told == [1, 0, 0] and runs.dropped["repeated"] == 2
+    lose(runs)
+    post(runs, 2.0, generation=2)
+    assert len(delivered(runs.receive(event("task_started"), 3.0, 2))) == 1
+
+
 def test_an_id_in_flight_is_refused() -> None:
     """Two runs of one id could not be told apart."""
     runs = table()

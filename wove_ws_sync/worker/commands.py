@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from ..frames import COMMANDS, EXTENDED_COMMANDS, InvalidMessage
+from ..frames import COMMANDS, EXTENDED_COMMANDS, MAX_ID, InvalidMessage
 
 __all__ = [
     "AttachTask",
@@ -28,7 +28,6 @@ __all__ = [
     "read",
 ]
 
-_MAX_ID = 4096
 #: So many fields, and so many characters: what W3C allows for baggage, and as much again.
 _MAX_TRACE_FIELDS, _MAX_TRACE = 16, 16_384
 #: A longer list of runs would hold up every other host.
@@ -169,7 +168,7 @@ def read(message: bytes | bytearray | str) -> Command:
     if kind in ("event_ack", "resume"):
         return _about_runs(frame, kind)
     run_id = frame.get("run_id")
-    if not isinstance(run_id, str) or not 0 < len(run_id) <= _MAX_ID:
+    if not isinstance(run_id, str) or not 0 < len(run_id) <= MAX_ID:
         return Ignored("run_id")
     if kind == "cancel_task":
         mode = frame.get("delivery_cancel_mode")
@@ -177,7 +176,7 @@ def read(message: bytes | bytearray | str) -> Command:
     if kind == "detach_task":
         return DetachTask(run_id)
     task_id = frame.get("task_id")
-    if not isinstance(task_id, str) or len(task_id) > _MAX_ID:
+    if not isinstance(task_id, str) or len(task_id) > MAX_ID:
         return MalformedRun(run_id, "", f"{kind} needs a task_id, a string of at most 4096 characters.", kind)
     delivery = _delivery(frame, kind)
     if isinstance(delivery, str):
@@ -202,7 +201,7 @@ def _about_runs(frame: dict[str, Any], kind: str) -> Resume | EventAck | Ignored
     run_ids, more = frame.get("run_ids"), frame.get("more", False)
     if not isinstance(run_ids, list) or len(run_ids) > _MAX_RUN_IDS or not isinstance(more, bool):
         return Ignored("run_ids")
-    if not all(isinstance(run_id, str) and 0 < len(run_id) <= _MAX_ID for run_id in run_ids):
+    if not all(isinstance(run_id, str) and 0 < len(run_id) <= MAX_ID for run_id in run_ids):
         return Ignored("run_ids")
     return EventAck(tuple(run_ids)) if kind == "event_ack" else Resume(tuple(run_ids), more)
 
@@ -211,7 +210,7 @@ def _run_task(
     frame: dict[str, Any], run_id: str, task_id: str, delivery: tuple[float | None, str, str]
 ) -> RunTask | MalformedRun:
     key = (frame.get("delivery") or {}).get("delivery_idempotency_key") or ""
-    if not isinstance(key, str) or len(key) > _MAX_ID:
+    if not isinstance(key, str) or len(key) > MAX_ID:
         message = "delivery_idempotency_key must be a string of at most 4096 characters."
         return MalformedRun(run_id, task_id, message, "run_task")
     function, args = frame.get("callable_pickle"), frame.get("args_pickle")
@@ -242,7 +241,7 @@ def _named(frame: dict[str, Any]) -> tuple[str, str] | str:
     """Return name and arguments of a call by name, or what is wrong with them."""
     name = frame["callable"]
     positional, args = frame.get("positional"), frame.get("args")
-    if not isinstance(name, str) or not 0 < len(name) <= _MAX_ID:
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_ID:
         return "callable of run_task must be a name, a string of at most 4096 characters."
     if not isinstance(args, dict | None) or not isinstance(positional, list | None):
         return "args of run_task must be an object, and positional a list."
