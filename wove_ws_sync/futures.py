@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from wove.runtime import runtime
 
@@ -75,6 +75,12 @@ class WebSocketExecutor(concurrent.futures.Executor):
     def __repr__(self) -> str:
         _fork.check()
         return repr(self._core)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"A {type(self).__name__} is not pickled: it has a connection. Make one where it is used; "
+            "a task that is to submit others makes its own."
+        )
 
     def with_options(self, **delivery: Any) -> WebSocketExecutor:
         """Return a view of this executor with other ``delivery_*`` settings, on the same link."""

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import pickle
+import signal
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -62,16 +63,30 @@ def encode_value(value: Any) -> bytes:
 def decode_value(text: str | bytes) -> Any:
     """Return the value behind *text*. Runs whatever code the pickle holds.
 
-    Raises PayloadError if the text is no base64 or no pickle of something known here.
+    Raises PayloadError if the text is no base64 or no pickle of something known here. What a signal
+    handler raises meanwhile comes as itself: it says nothing about the text.
     """
     try:
         return pickle.loads(base64.b64decode(text))  # line breaks are passed over, as Wove does
     except _RAISED_BY_PICKLES as exc:
+        if _is_of_a_signal_handler(exc):
+            raise
         payload, cause = _undecodable(exc), exc
     # Without this frame, whose variable is what could not be decoded.
     cause.__traceback__ = None if cause.__traceback__ is None else cause.__traceback__.tb_next
     del text
     raise PayloadError(payload) from cause
+
+
+def _is_of_a_signal_handler(exc: BaseException) -> bool:
+    """Tell whether a signal handler of this process raised *exc*, wherever the signal came."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {
+        getattr(each, "__code__", None) or getattr(type(each).__call__, "__code__", None)
+        for each in handlers
+        if callable(each)
+    }
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(exc.__traceback__))
 
 
 def _undecodable(exc: BaseException) -> dict[str, Any]:
@@ -115,6 +130,8 @@ def decode_event(event: Mapping[str, Any]) -> dict[str, Any]:
                 decoded[field] = decode_value(event[f"{field}_pickle"])
     except PayloadError as exc:
         exc.__traceback__ = None  # it has the event in it
+        if said := error_payload(None, decoded.get("error")).get("message"):
+            exc.add_note(f"The worker service said of the run: {_text(said)}")
         decoded.pop("result", None)
         decoded.update(type="task_error", error=exc.payload, exception=exc)
         return decoded

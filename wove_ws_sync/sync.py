@@ -34,6 +34,7 @@ class SyncWebSocketEnvironmentExecutor:
     """
 
     _session: Session | None = None  # for one whose __init__ did not run
+    _stopped: Session | None = None  # the one that stop() has ended, until start()
 
     def __init__(self, *, progress: bool = False) -> None:
         self._progress = progress
@@ -56,6 +57,7 @@ class SyncWebSocketEnvironmentExecutor:
     def abandon_after_fork(self) -> None:
         """Make fresh locks in a forked child; the session says there whose it is."""
         self._lock = threading.Lock()
+        self._stopped = None
         self._events = SimpleQueue()
 
     def start(
@@ -130,11 +132,13 @@ class SyncWebSocketEnvironmentExecutor:
         """Return the next event frame, decoded here, in the calling thread.
 
         *timeout* is in seconds; None waits without limit, 0 or less not at all. Raises TimeoutError
-        when no event came in time, ExecutorClosed when ``stop()`` ends the wait.
+        when no event came in time, ExecutorClosed when ``stop()`` ends the wait. The ends of runs that
+        ``stop()`` has ended can be received until the next ``start()``; then RuntimeError is raised.
         """
         _fork.check()
         with self._lock:
-            session, events = self._started(), self._events
+            stopped = self._stopped if self._session is None else None
+            session, events = stopped or self._started(), self._events
         limit = None if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
         try:
             event = events.get(timeout=limit)
@@ -142,8 +146,14 @@ class SyncWebSocketEnvironmentExecutor:
             raise TimeoutError(f"no event frame came within {timeout} s") from None
         if event is None:
             events.put(None)
+            if stopped is not None:
+                raise RuntimeError(NOT_STARTED)
             raise ExecutorClosed("websocket executor was stopped.")
-        return session.decode(event)
+        try:
+            return session.decode(event)
+        except BaseException:  # Ctrl-C, or what a signal handler raises: it was not the event's fault
+            events.put(event)
+            raise
 
     def stop(self) -> None:
         """End this executor's runs by their orphan policies and let go of the link. Idempotent."""
@@ -153,7 +163,11 @@ class SyncWebSocketEnvironmentExecutor:
     def _replace(self, session: Session | None, defaults: dict[str, Any]) -> None:
         with self._lock:
             previous, self._session = self._session, session
-            events, self._events = self._events, SimpleQueue()
+            events = self._events
+            if session is not None:
+                self._stopped, self._events = None, SimpleQueue()
+            elif previous is not None:
+                self._stopped = previous
             self._defaults = defaults
         if previous is not None:
             previous.close()
@@ -182,7 +196,9 @@ class SyncWebSocketEnvironmentExecutor:
 
 
 def check_frame(frame: Mapping[str, Any]) -> str:
-    """Return the type of a command frame; raise ValueError for one that is none."""
+    """Return the type of a command frame; raise ValueError or TypeError for what is none."""
+    if not isinstance(frame, Mapping):
+        raise TypeError(f"A command frame is a mapping with a 'type', not {type(frame).__name__}.")
     kind = frame.get("type")
     if kind not in COMMANDS:
         raise ValueError(f"Unsupported frame type: {kind}")
@@ -204,4 +220,7 @@ def run_defaults(run_config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def frame_delivery(frame: Mapping[str, Any], defaults: Mapping[str, Any]) -> DeliveryOptions:
     """Return the delivery settings of a ``run_task`` frame."""
-    return DeliveryOptions.from_mapping({**defaults, **(frame.get("delivery") or {})})
+    delivery = frame.get("delivery") or {}
+    if not isinstance(delivery, Mapping):
+        raise TypeError(f"delivery of a run_task frame must be a mapping, not {type(delivery).__name__}.")
+    return DeliveryOptions.from_mapping({**defaults, **delivery})

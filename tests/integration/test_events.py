@@ -203,6 +203,16 @@ def test_f21_what_cannot_be_unpickled_hurts_its_own_run(kind: str, field: str, p
 
 
 @every_face
+def test_what_is_said_beside_an_exception_that_cannot_be_unpickled_is_told(kind: str) -> None:
+    with face_on(kind, 1) as (face, connection, (run_id,), _):
+        error = {"kind": "Odd", "message": "the disk is full"}
+        connection.say({"type": "task_error", "run_id": run_id, "error": error, "exception_pickle": "gA=="})
+        with pytest.raises(PayloadError) as caught:
+            face.outcome(run_id)
+        assert any("the disk is full" in note for note in caught.value.__notes__)
+
+
+@every_face
 def test_base64_may_have_line_breaks(kind: str) -> None:
     """As ``base64.encodebytes`` and MIME make them: Wove's own executor takes such worker services."""
     with face_on(kind, 1) as (face, connection, (run_id,), _):

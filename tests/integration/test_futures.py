@@ -7,6 +7,8 @@ import concurrent.futures
 import gc
 import operator
 import os
+import pickle
+import signal
 import threading
 import time
 import warnings
@@ -17,7 +19,15 @@ from typing import Any
 import pytest
 from fault_helpers import link_of, until
 
-from wove_ws_sync import DeliveryCancelled, DeliveryTimeout, ExecutorClosed, RunFuture, WebSocketExecutor
+from wove_ws_sync import (
+    DeliveryCancelled,
+    DeliveryTimeout,
+    ExecutorClosed,
+    RunFuture,
+    SyncWebSocketEnvironmentExecutor,
+    WebSocketExecutor,
+)
+from wove_ws_sync.frames import MAX_ID, TERMINAL_EVENTS
 from wove_ws_sync.link import LinkState
 from wove_ws_sync.testing import LoopbackWorker, close_links
 
@@ -503,3 +513,139 @@ def test_links_of_settings_that_are_not_used_again_are_forgotten(worker: Loopbac
         if user == "a":
             until(lambda: (link := seen[0]()) is None or link.state is LinkState.CLOSED)
     until(lambda: gc.collect() >= 0 and seen[0]() is None)
+
+
+@pytest.fixture
+def ex(worker: LoopbackWorker) -> Iterator[SyncWebSocketEnvironmentExecutor]:
+    """The blocking executor on that worker."""
+    executor = SyncWebSocketEnvironmentExecutor()
+    start(executor, worker)
+    yield executor
+    executor.stop()
+
+
+def start(executor: SyncWebSocketEnvironmentExecutor, worker: LoopbackWorker) -> None:
+    config = {"url": worker.url, "security": worker.security}
+    executor.start(environment_name="e", environment_config=config)
+
+
+def frame(callable: Any, run_id: str = "r", **fields: Any) -> dict[str, Any]:
+    return {"type": "run_task", "run_id": run_id, "task_id": "t", "callable": callable, "args": {}, **fields}
+
+
+def test_ids_that_no_worker_service_takes_are_refused_here(
+    ex: SyncWebSocketEnvironmentExecutor, pool: WebSocketExecutor
+) -> None:
+    """It could not even answer, and would not understand which runs to resume."""
+    long = "x" * (MAX_ID + 1)
+    with pytest.raises(ValueError, match=r"run_id.*has 4097 characters; use 4096 of them at most"):
+        pool.attach(long).result(WAIT)
+    for key in ("run_id", "task_id"):
+        with pytest.raises(ValueError, match=f"{key}.*has 4097 characters"):
+            ex.send({**frame(int), key: long})
+    ex.send(frame(int, long[1:]))
+    assert [ex.recv(WAIT)["type"] for _ in range(2)] == ["task_started", "task_result"]
+    assert ex.link is not None and ex.link.stats()["runs"] == 0
+
+
+def test_a_function_may_have_a_long_name(pool: WebSocketExecutor) -> None:
+    """The id of its run begins with some of it."""
+
+    def function() -> int:
+        return 7
+
+    function.__name__ = "f" * 5000
+    future = pool.submit(function)
+    assert future.run_id.startswith("f" * 1000 + ":") and future.result(WAIT) == 7
+
+
+def test_an_executor_is_not_pickled(pool: WebSocketExecutor) -> None:
+    with pytest.raises(TypeError, match=r"WebSocketExecutor is not pickled.*Make one where it is used"):
+        pickle.dumps(pool)
+
+
+class Struck(Exception):
+    """What the signal handler of the next test raises."""
+
+
+def strikes(value: int) -> int:
+    """Is called by an unpickling: the signal comes in the midst of it."""
+    signal.raise_signal(signal.SIGUSR1)
+    return value
+
+
+class Striking:
+    """Is an integer when it is unpickled."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        return strikes, (self.value,)
+
+
+@pytest.fixture
+def struck() -> Iterator[Callable[[bool], None]]:
+    """Say whether the handler of SIGUSR1 raises."""
+    raises = True
+
+    def handle(number: int, frame: Any) -> None:
+        if raises:
+            raise Struck
+
+    def switch(on: bool) -> None:
+        nonlocal raises
+        raises = on
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    yield switch
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_f35_a_signal_during_the_unpickling_is_no_fault_of_the_payload(
+    pool: WebSocketExecutor, struck: Callable[[bool], None]
+) -> None:
+    """A soft time limit comes out as itself, and the value can be asked for again."""
+    future = pool.submit(Striking, 7)
+    with pytest.raises(Struck):
+        future.result(WAIT)
+    struck(False)
+    assert future.result(WAIT) == 7
+    assert pool.link.stats()["decode_failures"] == 0
+
+
+def test_f35_a_signal_during_recv_loses_no_event(
+    ex: SyncWebSocketEnvironmentExecutor, struck: Callable[[bool], None]
+) -> None:
+    ex.send(frame(Striking, args={"value": 7}))
+    assert ex.recv(WAIT)["type"] == "task_started"
+    with pytest.raises(Struck):
+        ex.recv(WAIT)
+    struck(False)
+    assert ex.recv(WAIT)["result"] == 7
+
+
+@pytest.mark.parametrize("policy", ["fail", "cancel", "requeue", "detach"])
+def test_the_ends_that_stop_brings_can_be_received(
+    worker: LoopbackWorker, ex: SyncWebSocketEnvironmentExecutor, gate: Callable[[], str], policy: str
+) -> None:
+    """Each run has its one end; then the executor is what it was before ``start()``."""
+    ids, path = {f"{policy}{number}" for number in range(5)}, gate()
+    for run_id in ids:
+        ex.send(frame(hold, run_id, args={"path": path}, delivery={"delivery_orphan_policy": policy}))
+    assert {ex.recv(WAIT)["type"] for _ in ids} == {"task_started"}
+    ex.stop()
+    ends = [ex.recv(WAIT) for _ in ids]
+    assert {end["run_id"] for end in ends} == ids and {end["type"] for end in ends} <= TERMINAL_EVENTS
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="websocket executor is not started"):
+            ex.recv(WAIT)
+    start(ex, worker)
+    with pytest.raises(TimeoutError):
+        ex.recv(0)
+
+
+@pytest.mark.parametrize("wrong", [None, [], "run_task", frame(int, delivery=5)])
+def test_what_is_no_frame_is_named(ex: SyncWebSocketEnvironmentExecutor, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"must be a mapping, not int|is a mapping with a 'type', not"):
+        ex.send(wrong)
