@@ -173,10 +173,13 @@ class Runs(RuleBasedStateMachine):
             event["error"]["started"] = stopping
         dropped = self.table.dropped.total()
         wanted = not self.ended[run_id] and run.generation == generation
+        repeated = wanted and kind == "task_started" and run.begun
         effects = self.table.receive(event, self.now, generation)
         self.apply(effects)
-        assert wanted or not effects
-        assert self.table.dropped.total() == dropped + (not wanted)
+        unwanted = repeated or not wanted
+        assert not (unwanted and effects)
+        assert self.table.dropped.total() == dropped + unwanted
+        assert not wanted or kind != "task_started" or run.begun
         if wanted and kind in TERMINAL_EVENTS and "error" not in event:
             assert self.ended[run_id] == 1
         if wanted and "error" in event and not self.ended[run_id]:

@@ -97,7 +97,7 @@ class RunBook:
         """Put *run* in line as if it had not been sent."""
         self.carry(run, None)
         run.receipt, run.limbo_until = None, None
-        run.answered = False
+        run.answered = run.begun = False
         run.state = RunState.QUEUED
         self.line.enter_again(run)
 

@@ -23,10 +23,10 @@ from .runs import InFlight
 from .session import Session, open_session
 from .timing import Deadline
 
+__all__ = ["ExecutorCore", "Owner"]
+
 #: So much of the name of a function, in characters, is in the ids of its runs.
 _MAX_NAME = 1000
-
-__all__ = ["ExecutorCore", "Owner"]
 
 
 class ExecutorCore:

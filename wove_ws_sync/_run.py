@@ -87,8 +87,8 @@ class Run:
     ``sink`` takes the run's event frames, outside every lock, in whichever thread brings
     them: the reader for what arrives, the watchdog for deadlines, a caller for cancels.
     ``generation`` is that of the connection that carries the run, None for none. ``needs``
-    names the extension without which its message means nothing to a worker. ``begun`` is
-    the newest attempt that a worker has said to have started.
+    names the extension without which its message means nothing to a worker. ``begun`` tells
+    whether the worker has said that it started the present delivery.
     """
 
     run_id: str
@@ -101,7 +101,7 @@ class Run:
     needs: str | None = None
     deadline: Deadline = Deadline()
     attempt: int = 1
-    begun: int = 0
+    begun: bool = False
     cuts: int = 0
     futile: int = 0
     state: RunState = RunState.QUEUED

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 import pickle
 import signal
 import traceback
@@ -79,8 +80,12 @@ def decode_value(text: str | bytes) -> Any:
 
 
 def _is_of_a_signal_handler(exc: BaseException) -> bool:
-    """Tell whether a signal handler of this process raised *exc*, wherever the signal came."""
+    """Tell whether a signal handler of this process raised *exc*, wherever the signal came.
+
+    One that is no handler any more, as it has taken itself back before it raised, is not recognised.
+    """
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    handlers = [each.func if isinstance(each, functools.partial) else each for each in handlers]
     codes = {
         getattr(each, "__code__", None) or getattr(type(each).__call__, "__code__", None)
         for each in handlers
@@ -130,7 +135,8 @@ def decode_event(event: Mapping[str, Any]) -> dict[str, Any]:
                 decoded[field] = decode_value(event[f"{field}_pickle"])
     except PayloadError as exc:
         exc.__traceback__ = None  # it has the event in it
-        if said := error_payload(None, decoded.get("error")).get("message"):
+        said = error_payload(None, decoded.get("error")).get("message")
+        if said is not None:
             exc.add_note(f"The worker service said of the run: {_text(said)}")
         decoded.pop("result", None)
         decoded.update(type="task_error", error=exc.payload, exception=exc)
@@ -144,11 +150,13 @@ def decode_event(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def _raisable(exception: Any, error: Any) -> Exception:
     details = error_payload(exception, error)
-    text = _text(details.get("traceback") or "")
+    text = details.get("traceback")
+    text = "" if text is None else _text(text)
     if isinstance(exception, Exception) and not isinstance(exception, StopIteration):
         raised: Exception = exception
     else:
-        if details.get("message") == "":  # KeyboardInterrupt(), say
+        message = details.get("message")
+        if isinstance(message, str) and not message:  # KeyboardInterrupt(), say
             details = {**details, "message": details.get("kind", "")}
         raised = EnvironmentExecutionError(details)
     if text and raised.__cause__ is None:
@@ -161,7 +169,8 @@ def error_payload(exception: Any, error: Any) -> dict[str, Any]:
     """Return Wove's error dictionary for a failed run, from whatever the worker sent."""
     if isinstance(error, dict):
         return error
-    if error:
+    is_empty = error is None or error is False or (isinstance(error, str) and not error)
+    if not is_empty:
         return {"message": _text(error), "kind": "ExecutionError", "source": "executor"}
     if isinstance(exception, BaseException):
         return {"message": _text(exception), "kind": type(exception).__name__, "source": "task"}

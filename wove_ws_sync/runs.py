@@ -165,10 +165,10 @@ class RunTable:
         if event["type"] not in TERMINAL_EVENTS:
             run.cuts = run.futile = 0
             if event["type"] == "task_started":
-                if run.begun == run.attempt:
+                if run.begun:
                     self.dropped["repeated"] += 1
                     return []
-                run.begun = run.attempt
+                run.begun = True
                 if run.delivery.delivery_orphan_policy != "requeue":
                     self._book.forget_message(run)  # it will not be sent again, whatever comes
             if run.state is RunState.SENT and event["type"] != "log":

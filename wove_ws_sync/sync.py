@@ -145,6 +145,9 @@ class SyncWebSocketEnvironmentExecutor:
         except Empty:
             raise TimeoutError(f"no event frame came within {timeout} s") from None
         if event is None:
+            events.put(None)  # for other receivers
+            event = events.get()  # one that was put back, see below
+        if event is None:
             events.put(None)
             if stopped is not None:
                 raise RuntimeError(NOT_STARTED)
@@ -156,7 +159,10 @@ class SyncWebSocketEnvironmentExecutor:
             raise
 
     def stop(self) -> None:
-        """End this executor's runs by their orphan policies and let go of the link. Idempotent."""
+        """End this executor's runs by their orphan policies and let go of the link. Idempotent.
+
+        What was not received stays in memory until the next ``start()``.
+        """
         _fork.check()
         self._replace(None, {})
 

@@ -212,6 +212,29 @@ def test_what_is_said_beside_an_exception_that_cannot_be_unpickled_is_told(kind:
         assert any("the disk is full" in note for note in caught.value.__notes__)
 
 
+class Undecided:
+    """Has no truth value, as an array of several numbers has none."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("is it true?")
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@every_face
+@pytest.mark.parametrize("error", [Undecided(), {"message": Undecided(), "traceback": Undecided()}])
+@pytest.mark.parametrize("exception", ["gA==", pickled(ValueError("no"))])
+def test_what_a_peer_says_may_have_no_truth_value(kind: str, error: Any, exception: Any) -> None:
+    with face_on(kind, 1) as (face, connection, (run_id,), _):
+        event = {"type": "task_error", "run_id": run_id, "error_pickle": pickled(error)}
+        connection.say({**event, "exception_pickle": exception})
+        with pytest.raises(ValueError if exception != "gA==" else PayloadError):
+            face.outcome(run_id)
+
+
 @every_face
 def test_base64_may_have_line_breaks(kind: str) -> None:
     """As ``base64.encodebytes`` and MIME make them: Wove's own executor takes such worker services."""

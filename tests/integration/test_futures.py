@@ -625,6 +625,23 @@ def test_f35_a_signal_during_recv_loses_no_event(
     assert ex.recv(WAIT)["result"] == 7
 
 
+def test_f35_a_signal_during_recv_after_stop_loses_no_event(
+    ex: SyncWebSocketEnvironmentExecutor, struck: Callable[[bool], None]
+) -> None:
+    ex.send(frame(Striking, args={"value": 7}))
+    link = ex.link
+    assert link is not None
+    until(lambda: link.stats()["runs"] == 0)
+    ex.stop()
+    assert ex.recv(WAIT)["type"] == "task_started"
+    with pytest.raises(Struck):
+        ex.recv(WAIT)
+    struck(False)
+    assert ex.recv(WAIT)["result"] == 7
+    with pytest.raises(RuntimeError, match="not started"):
+        ex.recv(WAIT)
+
+
 @pytest.mark.parametrize("policy", ["fail", "cancel", "requeue", "detach"])
 def test_the_ends_that_stop_brings_can_be_received(
     worker: LoopbackWorker, ex: SyncWebSocketEnvironmentExecutor, gate: Callable[[], str], policy: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from concurrent.futures import Executor, Future
 from multiprocessing import Pipe
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from wove_ws_sync import payloads
-from wove_ws_sync.worker import jobs
+from wove_ws_sync.worker import jobs, surroundings
 from wove_ws_sync.worker.commands import RunTask
 from wove_ws_sync.worker.future_engine import FutureEngine
 from wove_ws_sync.worker.jobs import Job
@@ -119,3 +120,28 @@ def test_a_run_ends_although_its_end_cannot_be_reported(monkeypatch: pytest.Monk
     error = reports[-1][1]["error"]
     assert (error["kind"], error["retryable"]) == ("ReportFailed", True)
     assert "MemoryError" in error["message"] and "--workers" in error["message"]
+
+
+def test_a_coroutine_that_no_loop_adopts_ends() -> None:
+    """As when there are no descriptors left for a loop."""
+    reports: list[tuple[str, Any]] = []
+
+    def adopt(job: Job, awaitable: Any, context: Any) -> None:
+        awaitable.close()
+        raise OSError(24, "Too many open files")
+
+    a_job(gives_one, reports).run(adopt)
+    assert [kind for kind, _ in reports] == ["started", "ended"]
+    assert "Too many open files" in reports[-1][1]["error"]["message"]
+
+
+def test_what_is_around_a_task_cannot_swallow_that_its_end_was_not_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reports: list[tuple[str, Any]] = []
+    job = a_job(int, reports)
+    monkeypatch.setattr(surroundings, "_current", lambda: lambda: contextlib.suppress(BaseException))
+    monkeypatch.setattr(payloads, "encode_value", short_of_memory)
+    monkeypatch.setattr(jobs, "plain_error", short_of_memory)
+    job.run(drive)
+    assert reports[-1][0] == "ended" and reports[-1][1]["error"]["kind"] == "ReportFailed"

@@ -81,6 +81,7 @@ def test_a_start_is_told_once_for_each_attempt() -> None:
     lose(runs)
     post(runs, 2.0, generation=2)
     assert len(delivered(runs.receive(event("task_started"), 3.0, 2))) == 1
+    assert len(delivered(runs.receive(event("task_started"), 3.0, 2))) == 0
 
 
 def test_an_id_in_flight_is_refused() -> None:

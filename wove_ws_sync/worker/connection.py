@@ -213,16 +213,18 @@ class HostConnection:
             self._pass_on(command, obey)
         if urgent:
             self.has_room()
-        elif isinstance(item, RunTask) and self._parked.bytes > _MAX_PARKED and not self._has(item.run_id):
+        elif (
+            isinstance(item, RunTask) and self._parked.bytes > _MAX_PARKED and item.run_id not in self._parked
+        ):
+            if self.host is not None and self.host.has(item.run_id):
+                self._pass_on(item, obey)  # which begins nothing
+                return
             self._counters["queue_full"] += 1
             self.send(queue_full_event(item.run_id, item.task_id, self._max_in_flight, "--max-in-flight"))
         elif not self._parked.put(item, size, asyncio.get_running_loop().time(), self.host):
             self._counters["duplicate_run"] += 1
         elif self._beat_alarm is not None:
             self._beat_alarm.arm()
-
-    def _has(self, run_id: str) -> bool:
-        return run_id in self._parked or (self.host is not None and self.host.has(run_id))
 
     async def _rest(self, room: asyncio.Future[None]) -> None:
         """Read nothing for a moment; for longer if the host does not read either."""

@@ -101,10 +101,17 @@ class Job:
     def run(self, adopt: Adopt) -> None:
         """Execute the task in this thread; hand an awaitable that it returns to *adopt*."""
         try:
-            contextvars.Context().run(surroundings.call, self._run, adopt)
+            contextvars.Context().run(surroundings.call, self._run_guarded, adopt)
         except BaseException as exc:
             if self.coroutine:  # that is still to be driven
                 raise
+            self._broken(exc)
+
+    def _run_guarded(self, adopt: Adopt) -> None:
+        try:
+            self._run(adopt)
+        except BaseException as exc:
+            self.coroutine = False  # nobody has adopted it
             self._broken(exc)
 
     def _run(self, adopt: Adopt) -> None:
@@ -213,6 +220,8 @@ class Job:
             f"How the task ended could not be reported ({_describe(exc)}). It may have been executed. "
             "If memory was short, return less at once or have fewer --workers."
         )
+        if self._traced is not None:
+            self._traced.end("error", "ReportFailed", exc)
         self.relay("ended", service_error(self.run_id, self.task_id, "ReportFailed", message, retryable=True))
 
     def _cancelled(self) -> None:

@@ -143,7 +143,13 @@ class ProcessEngine:
                     return None
                 number = next(self._serials)
                 self._waiting[number] = inbox
-            employment = self._pools.employ((self._listener.address, self._key, number, level, formatter))
+            try:
+                employment = self._pools.employ((self._listener.address, self._key, number, level, formatter))
+            except Exception as exc:  # descriptors or memory are short, say
+                with self._changed:
+                    del self._waiting[number]
+                self._pause(f"{type(exc).__name__}: {exc}")
+                continue
             if employment is None:  # closed meanwhile
                 return None
             arrived = employment.first_of(inbox, _START_TIMEOUT)
@@ -155,13 +161,14 @@ class ProcessEngine:
                 self._is_up.set()
                 connection, pid = arrived
                 return _Child(connection, pid, employment)
-            self._pause(employment)
+            failure = employment.failure()
             employment.end()
+            self._pause(failure)
 
-    def _pause(self, employment: Employment) -> None:
+    def _pause(self, failure: str) -> None:
         """Wait before the next attempt to have a process."""
         if not self._closing.is_set():
-            self._failure = f"A process of the engine could not be started: {employment.failure()}."
+            self._failure = f"A process of the engine could not be started: {failure}."
             _logger.error("%s", self._failure)
             self._closing.wait(_PAUSE)
 

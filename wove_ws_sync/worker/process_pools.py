@@ -5,7 +5,8 @@ Never: knows what a process does, never talks to one.
 
 A pool breaks for good when a process is killed while it starts or has nothing to do: it gives
 none any more, and may never tell what became of one that it was asked for. What runs in it goes
-on. A new one takes its place then, and the broken one is ended with the last process that is used.
+on. A new one takes its place then, as in that of one that gives no process in time, and it is
+ended with the last process of it that is used.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ class ProcessPools:
         self._workers = workers
         self._lock = threading.Lock()  # guards all that follows
         self._is_closed = False
-        self._newest = self._new()
-        self._used: dict[Any, int] = {self._newest: 0}  # how many employments of each pool go on
+        self._used: dict[Any, int] = {}  # how many employments of each pool go on
+        self._newest = self._add()
+        self._closers: list[threading.Thread] = []
 
-    def _new(self) -> Any:
+    def _add(self) -> Any:
         try:
             from pebble import ProcessPool
         except ImportError:
@@ -56,35 +58,49 @@ class ProcessPools:
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload([self._function.__module__])
-        return ProcessPool(max_workers=self._workers, context=context)
+        pool = ProcessPool(max_workers=self._workers, context=context)
+        self._used[pool] = 0
+        return pool
 
     def employ(self, arguments: tuple[Any, ...]) -> Employment | None:
-        """Have a process call the function with *arguments*; None if the pools are closed."""
+        """Have a process call the function with *arguments*; None if the pools are closed.
+
+        Raises whatever starting a process raises: OSError if descriptors are short, say.
+        """
         with self._lock:
             if self._is_closed:
                 return None
             try:
                 future = self._newest.schedule(self._function, arguments)
             except RuntimeError:  # it broke
-                broken, self._newest = self._newest, self._new()
-                self._used[self._newest] = 0
-                self._forget_unused(broken)
+                self._newest = self._add()
+                self._end_unused()
                 future = self._newest.schedule(self._function, arguments)
             self._used[self._newest] += 1
             return Employment(self, self._newest, future)
 
-    def leave(self, pool: Any) -> None:
-        """Note that one of the employments of *pool* is over."""
+    def leave(self, pool: Any, *, is_stuck: bool) -> None:
+        """Note that one of the employments of *pool* is over; have no more of it if it *is_stuck*."""
         with self._lock:
             self._used[pool] -= 1
-            self._forget_unused(pool)
+            if self._is_closed:
+                return
+            if is_stuck and pool is self._newest:
+                self._newest = self._add()
+            self._end_unused()
 
-    def _forget_unused(self, pool: Any) -> None:
+    def _end_unused(self) -> None:
         """Hold ``_lock``."""
-        if pool is not self._newest and not self._used[pool] and not self._is_closed:
-            del self._used[pool]
+        self._closers = [closer for closer in self._closers if closer.is_alive()]
+        for pool in [each for each, count in self._used.items() if not count and each is not self._newest]:
             name = f"wove-ws-pool-closer-{next(_numbers)}"
-            threading.Thread(target=_end, args=(pool,), name=name, daemon=True).start()
+            closer = threading.Thread(target=_end, args=(pool,), name=name, daemon=True)
+            try:
+                closer.start()
+            except RuntimeError:  # there are too many threads: another time
+                return
+            self._closers.append(closer)
+            del self._used[pool]
 
     def close(self) -> None:
         """End every process. Blocks."""
@@ -92,9 +108,12 @@ class ProcessPools:
             self._is_closed = True
         for pool in self._used:
             _end(pool)
+        for closer in self._closers:
+            closer.join()
 
 
 def _end(pool: Any) -> None:
+    multiprocessing.active_children()  # notices which are gone: their numbers may be another's
     pool.stop()
     pool.join()
 
@@ -106,6 +125,7 @@ class Employment:
         self._pools = pools
         self._pool = pool
         self._future = future
+        self._is_stuck = False
 
     def first_of(self, inbox: SimpleQueue[Any], timeout: float) -> Any:
         """Return what comes to *inbox*, None if the process ended before or none is to be expected.
@@ -119,6 +139,7 @@ class Employment:
                 return inbox.get(timeout=_LOOK)
             except Empty:
                 continue
+        self._is_stuck = True
         return None
 
     def failure(self) -> str:
@@ -127,7 +148,7 @@ class Employment:
             error = self._future.exception(0)
         except (TimeoutError, CancelledError):
             return "its pool is broken, or it took too long"
-        return str(error) or type(error).__name__
+        return "it ended at once" if error is None else str(error) or type(error).__name__
 
     def exit_code(self, timeout: float) -> int | None:
         """Return how a process that is gone ended, None if pebble does not tell within *timeout* seconds."""
@@ -141,4 +162,4 @@ class Employment:
     def end(self) -> None:
         """Let go of the process, which is ended if it is still there."""
         self._future.cancel()
-        self._pools.leave(self._pool)
+        self._pools.leave(self._pool, is_stuck=self._is_stuck)
