@@ -31,6 +31,9 @@ _STALL_BYTES = 30 * 1024
 _STALL_WINDOW = 30.0
 # Longest single wait for a peer that reads; then the socket is tried again, in case it is gone.
 _WRITE_WAIT = 1.0
+# What a call that sends may say without telling why the connection broke: a signal handler's own
+# error, that the peer does not read now, and that somebody has been told already.
+_NO_REASONS = (None, errno.EAGAIN, errno.EPIPE)
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _EMPTY = memoryview(b"")
 
@@ -74,6 +77,9 @@ class Wire:
         # many of the same push() it took. Encrypted bytes are never fewer than plain ones.
         self._tail = _EMPTY
         self.accepted = 0
+        # What broke the connection, if the kernel told a writer: it tells one call only, and whoever
+        # reads then sees no more than the end of the stream. Set under the descriptor lock.
+        self._told: OSError | None = None
         # TLS: _tls_lock is held around each call into the three objects and nothing else.
         self._tls_lock = threading.Lock()
         self._tls: ssl.SSLObject | None = None
@@ -172,13 +178,24 @@ class Wire:
                 self._more = False
                 continue
             if count == 0:
-                raise EndOfStream("the peer closed the connection")
+                raise self._ended()
             self._more = count == len(target)
             self.last_byte_at = self._clock.monotonic()
             if self._inside:
                 self.partial_at = self.last_byte_at
                 self._window_bytes += count
             return count
+
+    def _ended(self) -> OSError:
+        """Return why there is nothing more to read."""
+        # A writer that the kernel is telling why holds the lock until it has noted it. It never waits
+        # in there, but a signal handler may strike it, and that one may wait for this thread.
+        if self._descriptor_lock.acquire(timeout=_WRITE_WAIT):
+            self._descriptor_lock.release()
+        told = self._told
+        if told is None:
+            return EndOfStream("the peer closed the connection")
+        return OSError(told.errno, told.strerror)
 
     def _wait_readable(self) -> None:
         now = self._clock.monotonic()
@@ -219,12 +236,20 @@ class Wire:
         while self._tail:
             try:
                 with self._descriptor_lock:
-                    count = self._raw.send(self._tail, _NO_SIGNAL)
+                    count = self._send()
             except BlockingIOError:
                 return False
             self._tail = self._tail[count:]
             self.accepted += count
         return True
+
+    def _send(self) -> int:
+        try:
+            return self._raw.send(self._tail, _NO_SIGNAL)
+        except OSError as exc:
+            if exc.errno not in _NO_REASONS:
+                self._told = OSError(exc.errno, exc.strerror)  # a traceback would keep buffers alive
+            raise
 
     def wait_writable(self, timeout: float | None) -> None:
         """Wait up to *timeout* seconds, and never long, for the peer to read."""

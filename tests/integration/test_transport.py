@@ -35,7 +35,7 @@ from ws_peer import (
     text_of,
 )
 
-from wove_ws_sync import security
+from wove_ws_sync import _wire, security
 from wove_ws_sync.timing import Clock
 from wove_ws_sync.transport import TransportClosed, WebSocketTransport, dial
 
@@ -390,6 +390,42 @@ def test_failed_writer_leaves_what_has_arrived() -> None:
             transport.pump()
         assert transport.recv() == b"result"
         assert ended(transport).close_code == 1001
+
+
+def test_f10_whoever_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells one call only why a connection broke: the reader knows, also if a writer was told."""
+    told, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(_wire, "_WRITE_WAIT", PATIENCE)  # how long the reader waits for the writer
+
+    with connected(Peer.reset) as (transport, listener):
+        listener.result()
+        raw = transport._wire._raw
+
+        class Raw:
+            def send(self, data: memoryview, flags: int) -> int:
+                try:
+                    return raw.send(data, flags)
+                finally:
+                    told.set()
+                    go_on.wait(PATIENCE)  # nobody has heard of it yet
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(raw, name)
+
+        monkeypatch.setattr(transport._wire, "_raw", Raw())
+        transport.ping()
+        writing = in_thread(transport.pump)
+        assert told.wait(PATIENCE)
+        with raw.dup() as same:
+            assert same.recv(1) == b""  # and nobody else will be told
+        reading = in_thread(transport.recv)
+        with pytest.raises(TimeoutError):
+            reading.result(0.1)
+        go_on.set()
+        for future in (reading, writing):
+            with pytest.raises(TransportClosed, match="Connection reset by peer"):
+                future.result(PATIENCE)
+        assert str(ended(transport)) == "The connection broke: Connection reset by peer."
 
 
 @pytest.mark.parametrize("rst", [False, True], ids=["fin", "rst"])
