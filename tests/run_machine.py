@@ -246,7 +246,7 @@ class Runs(RuleBasedStateMachine):
     def resume(self, answer: list[str]) -> None:
         """The worker is there again and says what it has, of some runs or all."""
         limbo = self.table.limbo()
-        self.table.resuming(self.now + 5.0, self.now)
+        self.table.resuming(self.now + 5.0, self.now, self.generation)
         notice: dict[str, Any] = {"alive": ["nobody", 7], "finished": None}
         for run_id, what in zip(limbo, answer, strict=False):
             notice.setdefault(what, None)

@@ -41,7 +41,7 @@ class RunBook:
         self.alarms = Alarms(self.runs)
         # What has ended and was not told yet, and by which thread that will be.
         self._untold: dict[Run, tuple[int, RunState, dict[str, Any], int | None]] = {}
-        # Runs that have ended here while a worker had them: which connection will bring the end from there.
+        # Runs that have ended here and perhaps not at the worker: which connection will bring the end there.
         self._left: OrderedDict[str, int] = OrderedDict()
         #: How many runs each connection carries, by generation.
         self.carried: Counter[int] = Counter()
@@ -70,14 +70,14 @@ class RunBook:
                 del self.carried[run.generation]
         if generation is not None:
             self.carried[generation] += 1
-        run.generation = generation
+        run.generation, run.asked = generation, None
 
     def is_left(self, run_id: str) -> bool:
         """Tell whether a run of that id has ended here and its end at the worker is still to come."""
         return run_id in self._left
 
     def ended_there(self, run_id: str, generation: int) -> None:
-        """Note that the end of a run came over a connection."""
+        """Note that the end of a run came over a connection, or that none will."""
         if self._left.get(run_id) == generation:
             del self._left[run_id]
 
@@ -137,8 +137,9 @@ class RunBook:
     def finish(self, run: Run, state: RunState, event: dict[str, Any]) -> list[Effect]:
         """Set the terminal state, once, and free what the run held."""
         assert not run.terminal, f"run {run.run_id!r} ended twice"
-        if run.answered and run.generation is not None and state is not RunState.DETACHED:
-            self._left[run.run_id] = run.generation
+        bringer = run.generation if run.answered and run.asked is None else run.asked
+        if bringer is not None and state is not RunState.DETACHED:
+            self._left[run.run_id] = bringer
             if len(self._left) > _MOST_LEFT:
                 self._left.popitem(last=False)
         self._untold[run] = (threading.get_ident(), state, event, run.generation)

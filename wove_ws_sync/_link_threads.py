@@ -175,7 +175,7 @@ class LinkThreads(LinkEnds):
             asked = any(each.awaits_answers() for each in self._live.values())
             return [] if asked else self._table.forsake()
         self._counts["resumes"] += 1
-        self._table.resuming(now + _RESUME_PATIENCE, now)
+        self._table.resuming(now + _RESUME_PATIENCE, now, connection.generation)
         connection.resume(self._table.limbo(), _RESUME_PATIENCE)
         return []
 

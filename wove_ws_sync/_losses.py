@@ -31,6 +31,8 @@ class Losses:
         """Decide for every run of a connection; see ``RunTable.lost``."""
         effects: list[Effect] = []
         for run in self._book.homeless():
+            if run.asked == generation:
+                run.asked = None
             self._wait_in_limbo(run, run.limbo_until, now)
         for run in [run for run in self._book.runs.values() if run.generation == generation]:
             run.loss = loss
@@ -58,9 +60,10 @@ class Losses:
         """Return the runs whose connection is lost and that the worker may still have."""
         return [run for run in self._book.homeless() if run.in_limbo]
 
-    def resuming(self, until: float, now: float) -> None:
-        """Let what is in limbo wait for the worker's answer, until that moment at least."""
+    def resuming(self, until: float, now: float, generation: int) -> None:
+        """Let what is in limbo wait for the worker's answer over a connection, until that moment at least."""
         for run in self.in_limbo():
+            run.asked = generation
             if run.state is not RunState.CANCELLING:
                 run.limbo_until = max(run.limbo_until or until, until)
                 self._book.alarms.set(run, now)
@@ -81,12 +84,14 @@ class Losses:
                 self._send_again(run)
         for run in self._listed(notice.get("lost")):
             effects += self._book.give_up(run)
+        for run_id in [*_ids(notice.get("unknown")), *_ids(notice.get("lost"))]:
+            self._book.ended_there(run_id, generation)
         return effects
 
     def _listed(self, ids: Any) -> Iterable[Run]:
         """Yield the runs in limbo among those that the worker lists."""
-        for run_id in ids if isinstance(ids, list) else ():
-            run = self._book.runs.get(run_id) if isinstance(run_id, str) else None
+        for run_id in _ids(ids):
+            run = self._book.runs.get(run_id)
             if run is not None and run.in_limbo:
                 yield run
 
@@ -127,3 +132,7 @@ class Losses:
     def _send_again(self, run: Run) -> None:
         self._book.counts["resends"] += 1
         self._book.queue_again(run)
+
+
+def _ids(listed: Any) -> Iterable[str]:
+    return [run_id for run_id in listed if isinstance(run_id, str)] if isinstance(listed, list) else []

@@ -88,7 +88,8 @@ class Run:
     them: the reader for what arrives, the watchdog for deadlines, a caller for cancels.
     ``generation`` is that of the connection that carries the run, None for none. ``needs``
     names the extension without which its message means nothing to a worker. ``begun`` tells
-    whether the worker has said that it started the present delivery.
+    whether the worker has said that it started the present delivery. ``asked`` is the
+    connection over which the worker was asked what became of the run, and has not answered.
     """
 
     run_id: str
@@ -106,6 +107,7 @@ class Run:
     futile: int = 0
     state: RunState = RunState.QUEUED
     generation: int | None = None
+    asked: int | None = None
     receipt: Receipt | None = None
     life: float = 0.0
     alarm: float | None = None

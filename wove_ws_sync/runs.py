@@ -281,9 +281,9 @@ class RunTable:
         """Return the ids of the runs whose connection is lost and that the worker may still have."""
         return [run.run_id for run in self._losses.in_limbo()]
 
-    def resuming(self, until: float, now: float) -> None:
-        """Let what is in limbo wait for the worker's answer, until that moment at least."""
-        self._losses.resuming(until, now)
+    def resuming(self, until: float, now: float, generation: int) -> None:
+        """Let what is in limbo wait for the worker's answer over a connection, until that moment at least."""
+        self._losses.resuming(until, now, generation)
 
     def resumed(self, notice: dict[str, Any], now: float, generation: int) -> list[Effect]:
         """Apply one ``resume_state``: the worker has a run, never saw it, or cannot say."""

@@ -470,7 +470,7 @@ def test_limbo_ends_by_policy_when_its_time_is_over(policy: str) -> None:
     ended = delivered(runs.tick(10.0))
     if policy == "requeue":  # the worker that has it must be asked, whenever it is there again
         assert (run.state, run.attempt, ended) == (RunState.LIMBO, 1, [])
-        runs.resuming(20.0, 15.0)
+        runs.resuming(20.0, 15.0, 2)
         assert runs.tick(20.0) == []
         assert (run.state, run.attempt) == (RunState.QUEUED, 2)
     else:
@@ -507,6 +507,36 @@ def test_what_never_arrived_is_sent_again_and_what_is_lost_follows_its_policy(po
     ended = delivered(runs.resumed({"unknown": ["r"], "lost": ["r"]}, 3.0, 3))
     assert bool(ended) is (policy != "requeue")
     assert run.attempt == (2 if policy == "requeue" else 1)
+
+
+@pytest.mark.parametrize("answer", ["alive", "finished", "unknown", "lost"])
+def test_an_id_is_refused_until_the_worker_has_answered(answer: str) -> None:
+    """The end of what was asked for, and ended here before the answer, is not that of a new run."""
+    runs = table()
+    run = in_limbo(runs, make_run())
+    runs.resuming(20.0, 1.0, 2)
+    runs.cancel(run, 1.0)
+    assert run.terminal
+    with pytest.raises(ValueError, match="'r' has ended here, but its end at the worker service is still"):
+        runs.register(make_run(), 1.0)
+    assert runs.resumed({answer: ["r"]}, 2.0, 2) == []
+    if answer in ("alive", "finished"):
+        with pytest.raises(ValueError, match="still to come"):
+            runs.register(make_run(), 2.0)
+        assert delivered(runs.receive(event("task_result"), 3.0, 2)) == []
+    runs.register(make_run(), 3.0)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_id_is_free_where_nobody_will_answer(asked: bool) -> None:
+    """What ended before the worker could be asked, or before the connection broke over which it was."""
+    runs = table()
+    run = in_limbo(runs, make_run())
+    if asked:
+        runs.resuming(20.0, 1.0, 2)
+        assert runs.lost(2, Loss(), 1.0, 10.0) == []
+    runs.cancel(run, 1.0)
+    runs.register(make_run(), 1.0)
 
 
 def test_a_deadline_counts_in_limbo_and_silence_does_not() -> None:
