@@ -46,7 +46,10 @@ class Alarms:
         interval = run.delivery.delivery_heartbeat_seconds
         if interval is None or run.receipt is None or run.in_limbo:
             return None
-        since = now if run.receipt.sent_at is None else max(run.life, run.receipt.sent_at)
+        if run.receipt.sent_at is None and not run.answered:  # it is not known to have left
+            since = now
+        else:
+            since = max(run.life, run.receipt.sent_at or 0.0)
         return since + interval * self.heartbeat_factor
 
     def set(self, run: Run, now: float) -> None:

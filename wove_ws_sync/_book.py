@@ -119,6 +119,11 @@ class RunBook:
             return []
         return self.orphan(run, connection_lost(run, run.loss))
 
+    def let_go(self, run: Run, generation: int | None = None) -> Effect:
+        """Return what the worker has to be told of a run that ends here by its orphan policy."""
+        detached = run.delivery.delivery_orphan_policy == "detach"
+        return (DetachAtWorker if detached else CancelAtWorker)(run, generation)
+
     def orphan(self, run: Run, error: BaseException) -> list[Effect]:
         """End *run* with *error*, or with what it is being cancelled for."""
         if run.state is not RunState.CANCELLING:
@@ -136,6 +141,8 @@ class RunBook:
 
     def finish(self, run: Run, state: RunState, event: dict[str, Any]) -> list[Effect]:
         """Set the terminal state, once, and free what the run held."""
+        if run in self._untold:  # an exception struck the thread that was ending it, which goes on with it
+            return []
         assert not run.terminal, f"run {run.run_id!r} ended twice"
         bringer = run.generation if run.answered and run.asked is None else run.asked
         if bringer is not None and state is not RunState.DETACHED:
@@ -169,8 +176,7 @@ class RunBook:
                 if self.runs.get(run.run_id) is run:
                     del self.runs[run.run_id]
                 if not run.withdraw():
-                    detached = run.delivery.delivery_orphan_policy == "detach"
-                    effects.append((DetachAtWorker if detached else CancelAtWorker)(run, generation))
+                    effects.append(self.let_go(run, generation))
                 effects.append(Deliver(run, event))
         self._rebuild(now)
         return effects

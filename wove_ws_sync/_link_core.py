@@ -110,6 +110,8 @@ class LinkCore:
         # Those who wait for a connection.
         self._connecting: set[object] = set()
         self._idle_since = self._clock.monotonic()
+        # Since when the watchdog has found the reader at work on what it could not finish.
+        self._busy_since: float | None = None
 
     def _new_connection(self, dial_at: float) -> Connection:
         """Hold ``_state_lock``."""

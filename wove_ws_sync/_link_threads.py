@@ -32,6 +32,10 @@ _numbers = itertools.count(1)
 # still has bytes to read: a process that was suspended reads first and judges then.
 _LOOK_AGAIN = 0.005
 _LOOKS = 20
+# A reader that reads, and never comes to the end for _BUSY seconds, is kept busy by somebody, and what
+# it has not read counts as life for nobody any more; one that has not read for _STUCK is held up itself.
+_BUSY = 30.0
+_STUCK = 1.0
 # A worker that is asked what became of earlier runs has so many seconds to answer.
 _RESUME_PATIENCE = 5.0
 _SEALED_BEFORE = (
@@ -70,11 +74,18 @@ class LinkThreads(LinkEnds):
                 target=self._watch, args=(connection,), name=name, daemon=True
             )
             connection.watchdog.start()
-        except BaseException as exc:  # the system gives no more threads, or Ctrl-C
-            if connection.watchdog is None or not connection.watchdog.is_alive():
+        except Exception as exc:  # the system gives no more threads
+            if not self._is_watched(connection):
                 self._end(connection, exc)
                 connection.dispose()
             raise
+        except BaseException:  # Ctrl-C strikes whoever came first, and others wait for this connection too
+            if not self._is_watched(connection):
+                self._begin(connection)
+            raise
+
+    def _is_watched(self, connection: Connection) -> bool:
+        return connection.watchdog is not None and connection.watchdog.is_alive()
 
     def _dial_if_due(self, connection: Connection, now: float) -> None:
         """Start the reader, which dials. Watchdog thread only."""
@@ -203,9 +214,11 @@ class LinkThreads(LinkEnds):
                 if kind in frames.EXTENDED_EVENTS and not connection.offers(kind):
                     self._table.dropped["type"] += 1
                     continue
-                ended = kind in frames.TERMINAL_EVENTS
-                if ended and not self._table.waits_elsewhere(event["run_id"], generation):
-                    connection.arrived(event["run_id"])  # before the id can be used again
+                run_id, ended = event["run_id"], kind in frames.TERMINAL_EVENTS
+                if ended and not self._table.waits_elsewhere(run_id, generation):
+                    connection.arrived(
+                        run_id, known=self._table.knows(run_id)
+                    )  # before the id can be used again
                 effects += self._table.receive(event, now, generation)
             if proven and self._connection is connection:
                 self._reconnect.proven()
@@ -280,6 +293,8 @@ class LinkThreads(LinkEnds):
     # -- the watchdog thread -----------------------------------------------------
 
     def _watch(self, connection: Connection) -> None:
+        if connection.watchdog is not threading.current_thread():  # which was not known to have started
+            return
         running.link = self
         try:
             self._keep_deadlines(connection)
@@ -318,9 +333,15 @@ class LinkThreads(LinkEnds):
             return connection.watching_until
 
     def _judge(self, connection: Connection, now: float, *, behind: bool) -> None:
-        """Decide what is due. *behind*: unread bytes are left, and count as life for every run."""
-        transports = [each.transport for each in list(self._live.values())]
-        floor = now if behind else max((each.partial_at for each in transports if each), default=0.0)
+        """Decide what is due. *behind*: unread bytes are left, which are life for every run, for a while."""
+        transports = [each.transport for each in list(self._live.values()) if each.transport is not None]
+        read_at = max((each.last_byte_at for each in transports), default=now)
+        if not behind or now - read_at >= _STUCK:
+            self._busy_since = None
+        elif self._busy_since is None:
+            self._busy_since = now
+        spared = behind and not Deadline.after(_BUSY, self._busy_since or now).expired(now)
+        floor = now if spared else max((each.partial_at for each in transports), default=0.0)
         with self._state_lock:
             effects = self._table.tick(now, floor)
             self._follow_up(effects)

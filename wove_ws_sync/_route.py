@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import encodings.idna  # noqa: F401  # what getaddrinfo() and ssl would import in the thread that dials
 import ipaddress
 import itertools
 import logging

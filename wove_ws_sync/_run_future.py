@@ -203,7 +203,12 @@ class RunFuture(Observed, concurrent.futures.Future[_T]):
 
     def _on_event(self, event: dict[str, Any]) -> None:
         """Take one event frame: the run's sink."""
-        self._observe(event, self._keeper.on_event)
+        try:
+            self._observe(event, self._keeper.on_event)
+        finally:  # whatever the callbacks of others raise, SystemExit say
+            self._take(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
         kind = event["type"]
         if kind == "task_started":
             self._started = True

@@ -23,6 +23,8 @@ _PATIENCE = 1.0
 # Acknowledgements wait for each other so many seconds, or until there are so many.
 _ACK_DELAY = 0.5
 _MANY_ACKS = 256
+# With more bytes than these unsent, only the ends of known runs are acknowledged.
+_MOST_UNREAD = 1024 * 1024
 # A list of run ids is cut into messages of about this size.
 _LIST_BYTES = 64 * 1024
 
@@ -162,9 +164,14 @@ class Connection:
         """Tell whether the worker may still say what it has of the runs it was asked for."""
         return self.unanswered > 0 and self._clock.monotonic() < self._answers_by
 
-    def arrived(self, run_id: str) -> None:
-        """Note that the terminal event of a run has arrived; no I/O. Reader thread only."""
-        if self.offers("ack"):
+    def arrived(self, run_id: str, *, known: bool) -> None:
+        """Note that the terminal event of a run has arrived; no I/O. Reader thread only.
+
+        For runs that nobody knows a worker that does not read gets no more acknowledgements, or it
+        could have this process hold any number of them.
+        """
+        assert self.transport is not None
+        if self.offers("ack") and (known or self.transport.queued_bytes < _MOST_UNREAD):
             with self._ack_lock:
                 self._arrived[run_id] = None
 

@@ -263,7 +263,7 @@ def _result_or_cancel(future: RunFuture[Any], ends_at: float | None) -> Any:
         try:
             return future.result(None if ends_at is None else ends_at - time.monotonic())
         finally:
-            future.cancel()
+            future._ask_to_cancel()  # does not wait for the worker's answer, as nobody has the future
     finally:
         # A traceback of an exception raised here must not keep the future, and so the value.
         del future

@@ -269,16 +269,28 @@ class Link(LinkThreads):
     def start_closing(self, *, tell: bool = True) -> None:
         """End every run by its policy and say goodbye; never blocks. Idempotent.
 
-        Without *tell* the worker hears of it, but nobody in this process.
+        Without *tell* the worker hears of it, but nobody in this process. An exception that strikes
+        the caller passes through when all is done nevertheless.
         """
         with self._state_lock:
-            if self._state in OVER:
+            if self._state in OVER and not len(self._table):
                 return
+        try:
+            self._start_closing(tell=tell)
+        except BaseException:
+            self._mend()
+            self._start_closing(tell=tell)
+            raise
+
+    def _start_closing(self, *, tell: bool) -> None:
+        with self._state_lock:
             connection = self._connection
             if connection is not None and connection.dial_at is not None:  # nobody was dialled yet
                 connection.error = TransportClosed("closed by this side")
                 self._retire(connection)
-            self._set_state(LinkState.CLOSING if self._live else LinkState.CLOSED)
+            state = LinkState.CLOSING if self._live else LinkState.CLOSED
+            if self._state is not state:
+                self._set_state(state)
             effects: list[Effect] = []
             for session in {run.session for run in self._table.of_all()}:
                 effects += self._table.abandon(session)
@@ -301,7 +313,7 @@ class Link(LinkThreads):
             connection.over.wait(deadline.remaining(self._clock.monotonic()))
             connection.cut("closed by this side")
             if connection.transport is not None:  # a dial ends by its own deadline
-                connection.over.wait(1.0)
+                connection.over.wait(0.5)
 
     def abandon_after_fork(self) -> None:
         """Close the inherited descriptors in a forked child and renew the lock; takes none."""

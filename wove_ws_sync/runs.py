@@ -194,6 +194,10 @@ class RunTable:
         run = self._runs.get(run_id)
         return run is not None and run.generation != generation
 
+    def knows(self, run_id: str) -> bool:
+        """Tell whether the end of such a run is waited for, be it that it has ended here before."""
+        return run_id in self._runs or self._book.is_left(run_id)
+
     def cancel(self, run: Run, now: float) -> list[Effect]:
         """Cancel *run* by its ``delivery_cancel_mode``; a second call changes nothing.
 
@@ -239,11 +243,12 @@ class RunTable:
 
     def _judge(self, run: Run, now: float) -> list[Effect]:
         if run.state is RunState.CANCELLING:
-            if run.ack_by is not None and now >= run.ack_by:
-                if run.timeout is not None:
-                    return self._book.time_out(run)
-                return self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
-            return []
+            if run.ack_by is None or now < run.ack_by:
+                return []
+            untold: list[Effect] = [CancelAtWorker(run, None)] if run.in_limbo else []
+            if run.timeout is not None:
+                return untold + self._book.time_out(run)
+            return untold + self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
         if run.deadline.expired(now):
             text = f"Delivery timeout exceeded for task '{run.task_id}' ({run.delivery.delivery_timeout}s)."
         elif (silent_at := self._alarms.silent_at(run, now)) is not None and now >= silent_at:
@@ -252,7 +257,8 @@ class RunTable:
                 f"after {run.delivery.delivery_heartbeat_seconds}s without heartbeat."
             )
         elif Deadline(run.limbo_until).expired(now):
-            return self._book.give_up(run)
+            effects = self._book.give_up(run)
+            return [self._book.let_go(run), *effects] if run.terminal else effects
         else:
             return []
         run.timeout = DeliveryTimeout(text, run_id=run.run_id)
@@ -308,7 +314,7 @@ class RunTable:
                 pass
             elif policy == "detach":
                 effects.append(DetachAtWorker(run, run.generation))
-            elif run.state is not RunState.CANCELLING:
+            elif run.state is not RunState.CANCELLING or run.in_limbo:  # where it could not be told before
                 effects.append(CancelAtWorker(run, run.generation))
             if policy == "cancel" and run.timeout is None:
                 effects += self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))

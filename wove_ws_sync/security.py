@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import ipaddress
 import marshal
 import math
@@ -104,7 +105,18 @@ def _checked_options(config: Mapping[str, Any]) -> LinkOptions:
     if mode == "oauth2":
         _check_oauth2(options)
     _headers(options, key, "checked without a token")
+    if key is not None:
+        _load_what_dials_need()
     return options
+
+
+def _load_what_dials_need() -> None:
+    """Import it before there is a thread that dials.
+
+    A process that is forked while another thread imports a module can never import that module.
+    """
+    for name in ("_proof", "_seal"):
+        importlib.import_module(f".{name}", __package__)
 
 
 def handshake_headers(options: LinkOptions) -> Headers:

@@ -174,6 +174,32 @@ def test_a_suspended_host_reads_before_it_judges(make: Callable[..., Fixture]) -
     assert fixture.next()["type"] == "task_result"
 
 
+def test_f24_a_flood_hides_the_silence_of_others_for_half_a_minute(make: Callable[..., Fixture]) -> None:
+    """What is unread may be anybody's heartbeat, but a reader may be kept from it for ever."""
+    fixture = make()
+    fixture.submit("quiet", delivery_heartbeat_seconds=2.0)
+    heard = itertools.count()
+    count = 0
+    started = fixture.clock.monotonic()
+
+    def loud_sink(event: dict[str, Any]) -> None:
+        nonlocal count
+        if event["type"] == "heartbeat":
+            count = next(heard)
+            fixture.transport.feed(event)
+
+    command = {"type": "run_task", "run_id": "loud", "task_id": "task", "delivery": {}}
+    fixture.session.submit(command, DeliveryOptions(), loud_sink)
+    fixture.transport.sent(2)
+    fixture.transport.feed({"type": "heartbeat", "run_id": "loud"})
+    while fixture.events.empty() and fixture.clock.monotonic() < started + 120.0:
+        before = count
+        until(lambda before=before: count > before)
+        fixture.clock.advance(0.1)
+    assert isinstance(fixture.next()["exception"], DeliveryTimeout)
+    assert fixture.clock.monotonic() >= started + 30.0
+
+
 def test_a_quiet_peer_is_pinged_and_then_given_up(make: Callable[..., Fixture]) -> None:
     """No byte within pong_timeout of a ping is a loss."""
     fixture = make(ping_interval=10.0, pong_timeout=5.0)

@@ -228,6 +228,42 @@ def test_a_deadline_counts_while_the_connection_is_lost(make: Callable[..., Fixt
     assert [frame.get("run_ids", frame.get("run_id")) for frame in again.sent(2)] == [[], "r2"]
 
 
+@pytest.mark.parametrize("how", ["stop", "time"])
+def test_a_cancel_that_waits_while_the_worker_is_asked_is_told_at_its_end(
+    make: Callable[..., Fixture], how: str
+) -> None:
+    """Under require_ack it could not be told before, as nobody knew whether the worker has the run."""
+    fixture = make()
+    lose(fixture, fixture.worker(), delivery_cancel_mode="require_ack")
+    again = fixture.worker()
+    fixture.redial()
+    assert again.sent(1)[0]["run_ids"] == ["r1"]
+    run = fixture.link.find("r1")
+    assert run is not None
+    fixture.link.cancel(run)
+    if how == "stop":
+        fixture.session.abandon()
+    else:
+        fixture.clock.advance(10.0)
+    assert fixture.next()["acknowledged"] is False
+    assert again.sent(2)[1]["type"] == "cancel_task"
+
+
+@pytest.mark.parametrize("policy", ["fail", "detach", "requeue"])
+def test_what_ends_as_the_worker_does_not_answer_is_ended_there(
+    make: Callable[..., Fixture], policy: str
+) -> None:
+    """Unless it is to be delivered again, under the same id."""
+    fixture = make()
+    lose(fixture, fixture.worker(), delivery_orphan_policy=policy)
+    again = fixture.worker()
+    fixture.redial()
+    again.sent(1)
+    fixture.clock.advance(60.0)
+    told = {"fail": "cancel_task", "detach": "detach_task", "requeue": "run_task"}
+    assert again.sent(2)[1]["type"] == told[policy]
+
+
 @pytest.mark.parametrize("policy", ["cancel", "detach"])
 def test_what_ends_while_the_worker_is_asked_is_ended_there(
     make: Callable[..., Fixture], policy: str
@@ -259,6 +295,27 @@ def test_terminal_events_are_acknowledged_together(make: Callable[..., Fixture])
     worker.feed([ended(f"unknown-{number}") for number in range(300)])
     fixture.submit("last")
     assert [len(frame["run_ids"]) for frame in worker.sent(6)[4:] if "run_ids" in frame] == [300]
+
+
+def test_f24_a_worker_that_does_not_read_gets_no_acknowledgement_of_unknown_runs(
+    make: Callable[..., Fixture],
+) -> None:
+    """It could have this process hold any number of them."""
+    fixture = make()
+    worker = fixture.worker()
+    fixture.submit("r")
+    worker.sent(1)
+    worker.reading = False
+    for number in range(30):
+        worker.feed([ended(f"{'x' * 4000}{number}-{position}") for position in range(256)])
+    worker.settle()
+    assert 1024 * 1024 < worker.queued_bytes < 3 * 1024 * 1024
+    worker.feed(ended("r"))
+    assert fixture.next()["type"] == "task_result"
+    fixture.clock.advance(0.5)
+    worker.resume_reading()
+    fixture.submit("last")
+    until(lambda: ["r"] in [frame.get("run_ids") for frame in worker.sent(1)])
 
 
 def test_a_run_id_that_is_used_again_names_a_new_run(make: Callable[..., Fixture]) -> None:

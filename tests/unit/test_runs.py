@@ -548,6 +548,25 @@ def test_a_deadline_counts_in_limbo_and_silence_does_not() -> None:
     assert isinstance(ended["exception"], DeliveryTimeout)
 
 
+class Unsure(Receipt):
+    """A message whose send was interrupted."""
+
+    maybe_sent = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_silence_counts_again_when_the_worker_has_answered(interrupted: bool) -> None:
+    """Also for a message of which it is not known when it left, as its send was interrupted."""
+    runs = table()
+    receipt = Unsure(sent_at=None) if interrupted else Receipt()
+    on_its_way(runs, make_run(delivery_heartbeat_seconds=1.0), receipt=receipt)
+    runs.lost(1, Loss(), 0.0, 10.0)
+    runs.resumed({"alive": ["r"]}, 5.0, 2)
+    assert runs.tick(5.9) == []
+    [ended] = delivered(runs.tick(6.0))
+    assert isinstance(ended["exception"], DeliveryTimeout)
+
+
 def test_a_cancel_that_waits_for_its_answer_is_asked_again() -> None:
     """require_ack over a lost connection: resumed, asked again, and acknowledged."""
     runs = table()

@@ -37,6 +37,7 @@ from .greeting import SMALLEST_LIMIT
 from .nonces import NonceStore, make_nonce_store
 from .pages import Pages
 from .registry import Registry
+from .sockets import Sockets
 from .status import StatusView
 
 __all__ = ["WorkerService"]
@@ -139,6 +140,7 @@ class WorkerService:
         self._otel = telemetry.check_setup(otel) if otel else _telemetry.worker
         self._engine = make_engine(engine, workers) if isinstance(engine, str) else engine
         self._server: Server | None = None
+        self._sockets = Sockets()
         self._dispatcher: Dispatcher | None = None
         self._pages: Pages | None = None
         self._ended = asyncio.Event()
@@ -237,6 +239,8 @@ class WorkerService:
             await server.wait_closed()
             raise ValueError(f"{self._host!r} is {strange[0]} on this machine; listen on 127.0.0.1.")
         self._port = addresses[0][1]
+        for sock in server.sockets:
+            self._sockets.add(sock)
         self._pages = self._make_pages(local=not strange)
         return server
 
@@ -338,7 +342,12 @@ class WorkerService:
         self.counters["connections"] += 1
         peer = peer_of(connection)
         _logger.info("Host %s connected.", peer, extra=about("connect", peer))
-        await self._dispatcher.serve(host, guest.key_id)
+        sock = connection.transport.get_extra_info("socket")
+        self._sockets.add(sock)
+        try:
+            await self._dispatcher.serve(host, guest.key_id)
+        finally:
+            self._sockets.discard(sock)
         code = connection.close_code
         _logger.info("Host %s is gone (close code %s).", peer, code, extra=about("lose", peer))
 
