@@ -16,7 +16,7 @@ from ._link_threads import LinkThreads
 from .connection import Connection
 from .errors import ExecutorClosed
 from .options import DeliveryOptions
-from .runs import Deliver, Effect, Run
+from .runs import CancelAtWorker, Deliver, Effect, Run
 from .timing import Deadline
 from .transport import Parcel, TransportClosed
 
@@ -161,7 +161,13 @@ class Link(LinkThreads):
             self._start()
         except BaseException as exc:  # no descriptor, no thread, Ctrl-C: nobody would send it
             with self._state_lock:
-                effects = [] if run.terminal else self._table.fail(run, exc)
+                effects: list[Effect] = []
+                if not run.terminal:
+                    if (
+                        not run.withdraw()
+                    ):  # others have the connection nevertheless, and it took this one too
+                        effects.append(CancelAtWorker(run, run.generation))
+                    effects += self._table.fail(run, exc)
             self._apply(effects)
             raise
 

@@ -104,19 +104,12 @@ def _checked_options(config: Mapping[str, Any]) -> LinkOptions:
         )
     if mode == "oauth2":
         _check_oauth2(options)
-    _headers(options, key, "checked without a token")
-    if key is not None:
-        _load_what_dials_need()
+    headers = _headers(options, key, "checked without a token")
+    # What a proof needs is imported by making one here: a process that is forked while a thread that
+    # dials imports a module could never import it.
+    host_proof(options, headers)
+    importlib.import_module("._seal", __package__)
     return options
-
-
-def _load_what_dials_need() -> None:
-    """Import it before there is a thread that dials.
-
-    A process that is forked while another thread imports a module can never import that module.
-    """
-    for name in ("_proof", "_seal"):
-        importlib.import_module(f".{name}", __package__)
 
 
 def handshake_headers(options: LinkOptions) -> Headers:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.util
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_helpers import search_path
+from fault_helpers import python, search_path, within
 from script_host import PATIENCE, QUIET, Proxy, Script, scripts
 
+from wove_ws_sync import ConnectionLost, WebSocketExecutor
 from wove_ws_sync.testing import LoopbackWorker
 
 
@@ -130,6 +134,66 @@ def test_f33_a_thousand_runs_in_flight(
         assert len(proxy.sent) == (2 if "submits" in how or how == "multiprocessing" else 1)
         running.tell()
         assert running.end() == ("", "", 0)
+
+
+IMPORTS = """
+    import json, os, sys, threading, time
+    from wove_ws_sync import ConnectionLost, DeliveryTimeout, WebSocketExecutor
+
+    imported = []
+
+    def note(event, args):
+        if event == "import" and threading.current_thread().name.startswith("wove-ws-"):
+            imported.append(args[0])
+
+    pool = WebSocketExecutor(**json.loads(sys.argv[1]))
+    sys.addaudithook(note)
+    assert pool.submit(abs, -3).result(30) == 3
+    try:
+        pool.submit(len, 5).result(30)
+    except TypeError:
+        pool.with_options(delivery_timeout=0.1).submit(time.sleep, 1).exception(30)
+        pool.submit(time.sleep, 1).cancel()
+    pool.shutdown()
+    print(imported)
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "signed", "tls"])
+def test_f33_the_threads_of_a_link_import_nothing(kind: str) -> None:
+    """A process that is forked while they do could never import that module, and so never dial."""
+    with LoopbackWorker(workers=2, security=kind != "plain", tls=kind == "tls") as running:
+        out, err, status = python(IMPORTS, json.dumps(running.config))
+    assert (out, err, status) == ("[]\n", "", 0)
+
+
+def fork_and_stay() -> int:
+    """Leave a process behind that does nothing; return its number."""
+    child = os.fork()
+    if child == 0:
+        os.closerange(0, 3)
+        time.sleep(60.0)
+        os._exit(0)
+    return child
+
+
+def test_f13_f33_a_process_that_a_task_forks_keeps_no_socket_of_the_service() -> None:
+    """The host sees at once that the service is gone, and the port is free for the next one."""
+    with LoopbackWorker(workers=2, env={"PYTHONWARNINGS": "ignore"}) as running:
+        with WebSocketExecutor(**running.config, ping_interval=3600.0, resume_window=1.0) as pool:
+            child = pool.submit(fork_and_stay).result(PATIENCE)
+            try:
+                held = pool.submit(time.sleep, 60.0)
+                wait_for = threading.Event()
+                while not held.running():
+                    wait_for.wait(0.01)
+                running.kill()
+                with within(1.0), pytest.raises(ConnectionLost):
+                    held.result(PATIENCE)
+                running.start()
+                assert pool.submit(abs, -3).result(PATIENCE) == 3
+            finally:
+                os.kill(child, signal.SIGKILL)
 
 
 # -- forks that Python does not see -------------------------------------------------------

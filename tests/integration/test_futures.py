@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fault_helpers import link_of, until
+from fault_helpers import link_of, until, within
+from scripted_worker import ScriptedWorker
 
 from wove_ws_sync import (
     DeliveryCancelled,
@@ -176,6 +177,21 @@ def test_map_timeout_counts_from_the_call(pool: WebSocketExecutor, gate: Callabl
     assert next(results) == "opened"
     with pytest.raises(TimeoutError):
         next(results)
+
+
+def test_map_does_not_wait_for_the_answer_to_its_cancellations() -> None:
+    """Nobody has the futures: the timeout is the timeout, however long a worker takes to say anything."""
+    with ScriptedWorker() as worker:
+        with WebSocketExecutor(
+            worker.url, delivery_cancel_mode="require_ack", cancel_ack_timeout=WAIT
+        ) as pool:
+            results = pool.map(mul, [1, 2], [3, 4], timeout=0.2)
+            connection = worker.connection()
+            runs = connection.commands(2)
+            with within(0.2), pytest.raises(TimeoutError):
+                next(results)
+            connection.commands(2, "cancel_task")
+            connection.say(*({"type": "task_cancelled", "run_id": run["run_id"]} for run in runs))
 
 
 def test_exceptions_are_raised_as_themselves(pool: WebSocketExecutor) -> None:

@@ -144,7 +144,10 @@ def test_coroutines_and_threads_of_theirs_report(pool: WebSocketExecutor) -> Non
     assert future.progress == (1, 2, "in a thread")
 
 
-def test_events_go_to_the_callback_without_pickles(worker: LoopbackWorker) -> None:
+@pytest.mark.parametrize("raised", [RuntimeError, SystemExit, KeyboardInterrupt])
+def test_events_go_to_the_callback_without_pickles(
+    worker: LoopbackWorker, raised: type[BaseException]
+) -> None:
     """In order, the end included, before the future knows; what it raises hurts nobody."""
 
     def task() -> str:
@@ -156,7 +159,7 @@ def test_events_go_to_the_callback_without_pickles(worker: LoopbackWorker) -> No
 
     def take(event: dict[str, Any]) -> None:
         events.append(event)
-        raise RuntimeError("from a callback")
+        raise raised("from a callback")
 
     with WebSocketExecutor(worker.url, security=worker.security, on_event=take) as pool:
         future = pool.submit(task)

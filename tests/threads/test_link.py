@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import pytest
 from fault_helpers import until
 
+import wove_ws_sync.link
+from wove_ws_sync import _book, _link_core, _link_threads, connection, runs
 from wove_ws_sync.errors import (
     AuthenticationRejected,
     ConnectionLost,
@@ -85,6 +91,31 @@ def test_one_dial_for_many_threads(make: Callable[..., Fixture]) -> None:
     for thread in threads:
         thread.join(WAIT)
     assert len(fixture.transport.sent(16)) == 16
+    assert fixture.link.stats()["dials"] == 1
+
+
+def test_f35_ctrl_c_in_the_thread_that_dials_is_not_the_end_of_others_runs(
+    make: Callable[..., Fixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run of the thread that it strikes; the connection comes nevertheless."""
+    fixture = make()
+    start = threading.Thread.start
+
+    def struck(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        other = threading.Thread(target=fixture.submit, args=("other",))
+        other.start()
+        other.join(WAIT)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", struck)
+    with pytest.raises(KeyboardInterrupt):
+        fixture.submit("own")
+    assert fixture.next()["run_id"] == "own"
+    until(lambda: "other" in [frame["run_id"] for frame in fixture.transport.sent(1)])
+    until(lambda: [frame["run_id"] for frame in fixture.transport.sent(1)].count("own") in (0, 2))
+    fixture.transport.feed({"type": "task_result", "run_id": "other"})
+    assert fixture.next()["type"] == "task_result"
     assert fixture.link.stats()["dials"] == 1
 
 
@@ -336,6 +367,59 @@ def test_closing_ends_runs_and_threads(make: Callable[..., Fixture]) -> None:
     fixture.link.close(WAIT)
     assert fixture.next()["type"] == "task_cancelled"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("wove-ws-")]
+
+
+CLOSING = {
+    str(Path(module.__file__))
+    for module in (wove_ws_sync.link, _link_core, _link_threads, connection, runs, _book)
+}
+
+
+class Struck(BaseException):
+    """What a signal handler raises."""
+
+
+def strike(act: Callable[[], Any], step: int) -> bool:
+    """Call *act* and raise as its function number *step* begins; tell whether it came so far."""
+    left = step
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename in CLOSING and frame.f_code.co_name != "<genexpr>":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise Struck
+
+    before = sys.gettrace()
+    gc.disable()
+    sys.settrace(trace)
+    try:
+        act()
+    except Struck:
+        return True
+    finally:
+        sys.settrace(before)
+        gc.enable()
+    return False
+
+
+def test_f35_a_strike_anywhere_in_closing(make: Callable[..., Fixture]) -> None:
+    """Each run ends once, the worker hears of it, and the threads go; a second call is harmless."""
+    step, struck = 0, True
+    while struck:
+        fixture = make()
+        for policy in ("cancel", "fail", "detach"):
+            fixture.submit(policy, delivery_orphan_policy=policy)
+        fixture.transport.sent(3)
+        struck = strike(fixture.link.start_closing, step)
+        fixture.link.close(WAIT)
+        assert sorted(fixture.next()["run_id"] for _ in range(3)) == ["cancel", "detach", "fail"]
+        assert fixture.events.empty(), step
+        assert fixture.link.state is LinkState.CLOSED
+        assert fixture.transport.sent(4)[-1]["type"] == "shutdown"
+        step += 1
+    assert step > 40
 
 
 def reconnect(fixture: Fixture) -> MemoryTransport:

@@ -15,7 +15,7 @@ from run_machine import Runs
 import wove_ws_sync
 from wove_ws_sync import _alarms, _book, _checks, _line, _losses, _run, errors, frames, options, runs, timing
 from wove_ws_sync.options import DeliveryOptions
-from wove_ws_sync.runs import RunState
+from wove_ws_sync.runs import Loss, RunState
 
 PACKAGE = str(Path(wove_ws_sync.__file__).parent)
 # The table and what it is made of: an exception strikes at every step of these ...
@@ -126,4 +126,30 @@ def test_f35_a_strike_between_any_two_steps(act: str, part: int) -> None:
             assert run.state is not RunState.QUEUED or run.receipt is None
         made.teardown()
         step += PARTS
+    assert step > 100
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("act", ["cancel", "abandon"])
+@pytest.mark.parametrize("meanwhile", ["receive", "lose"])
+def test_f35_another_thread_comes_before_it_is_mended(act: str, meanwhile: str, part: int) -> None:
+    """What was being ended when the exception struck has that end, whatever arrives in between."""
+    step, struck = part, True
+    while struck:
+        made = machine()
+        struck = strike(lambda made=made: ACTS[act](made), step)
+        if struck:
+            runs_left = made.table.of_all()
+            for run in runs_left:
+                made.registered.setdefault(run.run_id, run)
+            if meanwhile == "receive":
+                for run in runs_left:
+                    event = {"type": "task_result", "run_id": run.run_id}
+                    made.apply(made.table.receive(event, made.now, run.generation or 0))
+            else:
+                made.apply(made.table.lost(made.generation, Loss(), made.now, None))
+            made.apply_again(made.table.mend(made.now))
+        made.look()
+        made.teardown()
+        step += 4 * PARTS  # one in four: all would take a minute
     assert step > 100
