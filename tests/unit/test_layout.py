@@ -85,6 +85,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "worker.runs",
                 "worker.sendqueue",
                 "worker.shelf",
+                "worker.sockets",
                 "worker.statistics",
                 "worker.surroundings",
                 "worker.telemetry",
