@@ -119,9 +119,10 @@ class RunBook:
             return []
         return self.orphan(run, connection_lost(run, run.loss))
 
-    def let_go(self, run: Run, generation: int | None = None) -> Effect:
-        """Return what the worker has to be told of a run that ends here by its orphan policy."""
-        detached = run.delivery.delivery_orphan_policy == "detach"
+    def let_go(self, run: Run, generation: int | None) -> Effect:
+        """Return what the worker has to be told of a run that has ended here, and perhaps not there."""
+        stopped = run.state in (RunState.CANCELLED, RunState.TIMED_OUT)
+        detached = run.delivery.delivery_orphan_policy == "detach" and not stopped
         return (DetachAtWorker if detached else CancelAtWorker)(run, generation)
 
     def orphan(self, run: Run, error: BaseException) -> list[Effect]:

@@ -112,14 +112,14 @@ class LinkCore:
         self._idle_since = self._clock.monotonic()
         # Since when the watchdog has found the reader at work on what it could not finish.
         self._busy_since: float | None = None
+        self._judged_at = self._idle_since
 
     def _new_connection(self, dial_at: float) -> Connection:
         """Hold ``_state_lock``."""
         connection = Connection(self._generation + 1, self._clock, dial_at)
+        self._undisposed = [*(known for known in self._undisposed if not known.over.is_set()), connection]
         self._generation += 1
         self._connection = self._live[self._generation] = connection
-        self._undisposed = [known for known in self._undisposed if not known.over.is_set()]
-        self._undisposed.append(connection)
         return connection
 
     def _retire(self, connection: Connection) -> None:
@@ -222,7 +222,7 @@ class LinkCore:
         else:
             self._tell_worker(run, effect.generation, cancel=isinstance(effect, CancelAtWorker))
 
-    def _mend(self) -> None:
+    def _mend(self, *, tell: bool = True) -> None:
         """Put in order what an exception left half done that struck in this thread; hold no lock."""
         with self._state_lock:
             now = self._clock.monotonic()
@@ -241,7 +241,7 @@ class LinkCore:
             self._follow_up(effects)
             effects.append(Posted())
             moment = self._next_decision()
-        self._apply(effects)
+        self._apply([effect for effect in effects if tell or not isinstance(effect, Deliver)])
         self._mind(moment)
 
     def _tell_worker(self, run: Run, generation: int | None, *, cancel: bool) -> None:

@@ -36,6 +36,9 @@ _LOOKS = 20
 # it has not read counts as life for nobody any more; one that has not read for _STUCK is held up itself.
 _BUSY = 30.0
 _STUCK = 1.0
+# Such a reader is looked at so often; if it was not for _STOPPED seconds, this process stood still.
+_LOOK_AT_BUSY = 1.0
+_STOPPED = 5.0
 # A worker that is asked what became of earlier runs has so many seconds to answer.
 _RESUME_PATIENCE = 5.0
 _SEALED_BEFORE = (
@@ -55,15 +58,30 @@ class LinkThreads(LinkEnds):
 
     def _start(self) -> Connection:
         """Return the present connection, a new one that dials at once if there is none."""
-        with self._state_lock:
-            if self._state in OVER:
-                raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
-            if self._connection is not None:
-                return self._connection
-            connection = self._new_connection(self._clock.monotonic())
-            self._set_state(LinkState.DIALING)
-        self._begin(connection)
+        try:
+            with self._state_lock:
+                if self._state in OVER:
+                    raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
+                if self._connection is not None:
+                    return self._connection
+                connection = self._new_connection(self._clock.monotonic())
+                self._set_state(LinkState.DIALING)
+            self._begin(connection)
+        except BaseException:
+            self._begin_again()
+            raise
         return connection
+
+    def _begin_again(self) -> None:
+        """Begin what this thread was about to begin when an exception struck it: others may wait for it."""
+        with self._state_lock:
+            connection = self._connection
+            mine = connection is not None and connection.made_by == threading.get_ident()
+            if connection is None or not mine or self._is_watched(connection):
+                return
+            if self._state not in (LinkState.DIALING, LinkState.BACKOFF):
+                self._set_state(LinkState.DIALING)
+        self._begin(connection)
 
     def _begin(self, connection: Connection) -> None:
         """Start the watchdog, which starts the reader when it is time to dial."""
@@ -74,18 +92,15 @@ class LinkThreads(LinkEnds):
                 target=self._watch, args=(connection,), name=name, daemon=True
             )
             connection.watchdog.start()
-        except Exception as exc:  # the system gives no more threads
+        except (RuntimeError, MemoryError) as exc:  # the system gives no more threads
             if not self._is_watched(connection):
                 self._end(connection, exc)
                 connection.dispose()
             raise
-        except BaseException:  # Ctrl-C strikes whoever came first, and others wait for this connection too
-            if not self._is_watched(connection):
-                self._begin(connection)
-            raise
 
     def _is_watched(self, connection: Connection) -> bool:
-        return connection.watchdog is not None and connection.watchdog.is_alive()
+        started = connection.watchdog is not None and connection.watchdog.is_alive()
+        return connection.watched or started
 
     def _dial_if_due(self, connection: Connection, now: float) -> None:
         """Start the reader, which dials. Watchdog thread only."""
@@ -216,9 +231,8 @@ class LinkThreads(LinkEnds):
                     continue
                 run_id, ended = event["run_id"], kind in frames.TERMINAL_EVENTS
                 if ended and not self._table.waits_elsewhere(run_id, generation):
-                    connection.arrived(
-                        run_id, known=self._table.knows(run_id)
-                    )  # before the id can be used again
+                    # Before the id can be used again.
+                    connection.arrived(run_id, known=self._table.knows(run_id))
                 effects += self._table.receive(event, now, generation)
             if proven and self._connection is connection:
                 self._reconnect.proven()
@@ -293,8 +307,10 @@ class LinkThreads(LinkEnds):
     # -- the watchdog thread -----------------------------------------------------
 
     def _watch(self, connection: Connection) -> None:
-        if connection.watchdog is not threading.current_thread():  # which was not known to have started
-            return
+        with self._state_lock:
+            if connection.watched:  # it was not known that the first one had started
+                return
+            connection.watched, connection.watchdog = True, threading.current_thread()
         running.link = self
         try:
             self._keep_deadlines(connection)
@@ -329,6 +345,8 @@ class LinkThreads(LinkEnds):
     def _next_moment(self, connection: Connection) -> float | None:
         with self._state_lock:
             moment = Deadline(connection.next_check(self.options)).earliest(Deadline(connection.dial_at))
+            if self._busy_since is not None:
+                moment = moment.earliest(Deadline(self._judged_at + _LOOK_AT_BUSY))
             connection.watching_until = moment.earliest(Deadline(self._next_decision())).at
             return connection.watching_until
 
@@ -338,8 +356,9 @@ class LinkThreads(LinkEnds):
         read_at = max((each.last_byte_at for each in transports), default=now)
         if not behind or now - read_at >= _STUCK:
             self._busy_since = None
-        elif self._busy_since is None:
+        elif self._busy_since is None or now - self._judged_at >= _STOPPED:
             self._busy_since = now
+        self._judged_at = now
         spared = behind and not Deadline.after(_BUSY, self._busy_since or now).expired(now)
         floor = now if spared else max((each.partial_at for each in transports), default=0.0)
         with self._state_lock:

@@ -129,6 +129,11 @@ class Run:
         return self.receipt is not None and self.generation is None
 
     @property
+    def reached_by(self) -> int | None:
+        """Return the connection by which the worker hears of its end: what carries it, or asks for it."""
+        return self.asked if self.generation is None else self.generation
+
+    @property
     def maybe_seen(self) -> bool:
         """Tell whether a worker may have seen the whole of the present delivery."""
         return self.answered or (self.receipt is not None and self.receipt.maybe_sent)

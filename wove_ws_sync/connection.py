@@ -36,6 +36,9 @@ class Connection:
 
     def __init__(self, generation: int, clock: Clock, dial_at: float) -> None:
         self.generation = generation
+        # The thread that starts the watchdog, and whether that one has begun.
+        self.made_by = threading.get_ident()
+        self.watched = False
         self.dial_at: float | None = dial_at
         self.told_to_wait = False
         self.up_since = 0.0

@@ -163,9 +163,7 @@ class Link(LinkThreads):
             with self._state_lock:
                 effects: list[Effect] = []
                 if not run.terminal:
-                    if (
-                        not run.withdraw()
-                    ):  # others have the connection nevertheless, and it took this one too
+                    if not run.withdraw():  # the connection was begun for others, and took this one too
                         effects.append(CancelAtWorker(run, run.generation))
                     effects += self._table.fail(run, exc)
             self._apply(effects)
@@ -284,7 +282,7 @@ class Link(LinkThreads):
         try:
             self._start_closing(tell=tell)
         except BaseException:
-            self._mend()
+            self._mend(tell=tell)
             self._start_closing(tell=tell)
             raise
 
@@ -302,10 +300,10 @@ class Link(LinkThreads):
                 effects += self._table.abandon(session)
             saying = [*self._live.values()]
         self._apply([effect for effect in effects if tell or not isinstance(effect, Deliver)])
-        if connection is not None and connection not in saying:
-            connection.waker.wake()
         for each in saying:
             each.say_goodbye()
+        for each in list(self._undisposed):  # those that wait for their dial have something to notice, too
+            each.waker.wake()
 
     def close(self, timeout: float) -> None:
         """Close and wait up to *timeout* seconds for the peer, then cut. Idempotent."""

@@ -210,7 +210,7 @@ class RunTable:
         if run.withdraw():
             return self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=run.attempt == 1))
         if run.delivery.delivery_cancel_mode == "best_effort" or self._is_unstoppable(run):
-            command = CancelAtWorker(run, run.generation)
+            command = CancelAtWorker(run, run.reached_by)
             return [command, *self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))]
         return self._await_ack(run, now, run.deadline.earliest(Deadline(now + self._cancel_ack_timeout)))
 
@@ -245,7 +245,7 @@ class RunTable:
         if run.state is RunState.CANCELLING:
             if run.ack_by is None or now < run.ack_by:
                 return []
-            untold: list[Effect] = [CancelAtWorker(run, None)] if run.in_limbo else []
+            untold: list[Effect] = [CancelAtWorker(run, run.asked)] if run.in_limbo else []
             if run.timeout is not None:
                 return untold + self._book.time_out(run)
             return untold + self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
@@ -257,8 +257,8 @@ class RunTable:
                 f"after {run.delivery.delivery_heartbeat_seconds}s without heartbeat."
             )
         elif Deadline(run.limbo_until).expired(now):
-            effects = self._book.give_up(run)
-            return [self._book.let_go(run), *effects] if run.terminal else effects
+            asked, effects = run.asked, self._book.give_up(run)
+            return [self._book.let_go(run, asked), *effects] if run.terminal else effects
         else:
             return []
         run.timeout = DeliveryTimeout(text, run_id=run.run_id)
@@ -269,7 +269,7 @@ class RunTable:
         awaited = run.delivery.delivery_cancel_mode == "require_ack" and not self._is_unstoppable(run)
         if awaited and not run.in_limbo:
             return self._await_ack(run, now, Deadline(now + self._cancel_ack_timeout))
-        return [CancelAtWorker(run, run.generation), *self._book.time_out(run)]
+        return [CancelAtWorker(run, run.reached_by), *self._book.time_out(run)]
 
     # -- a connection that is lost, and perhaps found again --------------------------
 
@@ -313,9 +313,9 @@ class RunTable:
             if run.withdraw():
                 pass
             elif policy == "detach":
-                effects.append(DetachAtWorker(run, run.generation))
+                effects.append(DetachAtWorker(run, run.reached_by))
             elif run.state is not RunState.CANCELLING or run.in_limbo:  # where it could not be told before
-                effects.append(CancelAtWorker(run, run.generation))
+                effects.append(CancelAtWorker(run, run.reached_by))
             if policy == "cancel" and run.timeout is None:
                 effects += self._book.finish(run, RunState.CANCELLED, cancelled(run, acknowledged=False))
             else:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_helpers import python, search_path, within
+from fault_helpers import python, search_path, until, within
 from script_host import PATIENCE, QUIET, Proxy, Script, scripts
 
 from wove_ws_sync import ConnectionLost, WebSocketExecutor
@@ -184,9 +183,7 @@ def test_f13_f33_a_process_that_a_task_forks_keeps_no_socket_of_the_service() ->
             child = pool.submit(fork_and_stay).result(PATIENCE)
             try:
                 held = pool.submit(time.sleep, 60.0)
-                wait_for = threading.Event()
-                while not held.running():
-                    wait_for.wait(0.01)
+                until(held.running)
                 running.kill()
                 with within(1.0), pytest.raises(ConnectionLost):
                     held.result(PATIENCE)

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from fault_helpers import until
+from fault_helpers import until, within
 
 import wove_ws_sync.link
 from wove_ws_sync import _book, _link_core, _link_threads, connection, runs
@@ -94,8 +94,9 @@ def test_one_dial_for_many_threads(make: Callable[..., Fixture]) -> None:
     assert fixture.link.stats()["dials"] == 1
 
 
-def test_f35_ctrl_c_in_the_thread_that_dials_is_not_the_end_of_others_runs(
-    make: Callable[..., Fixture], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, TimeoutError])
+def test_f35_a_strike_in_the_thread_that_dials_is_not_the_end_of_others_runs(
+    make: Callable[..., Fixture], monkeypatch: pytest.MonkeyPatch, raised: type[BaseException]
 ) -> None:
     """It ends the run of the thread that it strikes; the connection comes nevertheless."""
     fixture = make()
@@ -106,10 +107,10 @@ def test_f35_ctrl_c_in_the_thread_that_dials_is_not_the_end_of_others_runs(
         other = threading.Thread(target=fixture.submit, args=("other",))
         other.start()
         other.join(WAIT)
-        raise KeyboardInterrupt
+        raise raised
 
     monkeypatch.setattr(threading.Thread, "start", struck)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         fixture.submit("own")
     assert fixture.next()["run_id"] == "own"
     until(lambda: "other" in [frame["run_id"] for frame in fixture.transport.sent(1)])
@@ -229,6 +230,41 @@ def test_f24_a_flood_hides_the_silence_of_others_for_half_a_minute(make: Callabl
         fixture.clock.advance(0.1)
     assert isinstance(fixture.next()["exception"], DeliveryTimeout)
     assert fixture.clock.monotonic() >= started + 30.0
+
+
+def test_f46_a_host_that_was_busy_once_reads_before_it_judges(
+    make: Callable[..., Fixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half minute of a flood is one without a break: what was long before a suspension does not count."""
+    fixture = make(ping_interval=3600.0)
+    idle, behind = MemoryTransport.idle, False
+    monkeypatch.setattr(MemoryTransport, "idle", lambda transport: not behind and idle(transport))
+    fixture.submit("r1", delivery_heartbeat_seconds=60.0)
+    fixture.transport.sent(1)
+
+    def beat() -> None:
+        fixture.transport.feed({"type": "heartbeat", "run_id": "r1"})
+        assert fixture.next()["type"] == "heartbeat"
+
+    def judged() -> None:
+        until(lambda: fixture.link._judged_at == fixture.clock.monotonic())
+
+    beat()
+    fixture.clock.advance(59.5)
+    fixture.transport.feed({"type": "log", "run_id": "nobody"})
+    behind = True
+    fixture.clock.advance(0.5)
+    judged()
+    behind = False
+    beat()
+    fixture.clock.advance(50.0)
+    beat()
+    behind = True
+    fixture.clock.advance(100.0)
+    fixture.transport.feed({"type": "log", "run_id": "nobody"})
+    judged()
+    behind = False
+    beat()
 
 
 def test_a_quiet_peer_is_pinged_and_then_given_up(make: Callable[..., Fixture]) -> None:
@@ -402,6 +438,42 @@ def strike(act: Callable[[], Any], step: int) -> bool:
         sys.settrace(before)
         gc.enable()
     return False
+
+
+def test_f35_a_strike_anywhere_in_the_first_submit(make: Callable[..., Fixture]) -> None:
+    """Whatever becomes of that run, the next one goes out, and deadlines are kept."""
+    step, struck = 0, True
+    while struck:
+        fixture = make()
+        struck = strike(lambda fixture=fixture: fixture.submit("own", wait=False), step)
+        fixture.submit("next")
+        until(lambda fixture=fixture: "next" in [frame["run_id"] for frame in fixture.transport.sent(1)])
+        fixture.submit("late", delivery_timeout=1.0)
+        fixture.clock.advance(1.0)
+        until(lambda fixture=fixture: fixture.link.find("late") is None)
+        fixture.link.close(WAIT)
+        assert fixture.link.state is LinkState.CLOSED
+        step += 1
+    assert step > 15
+
+
+def test_f35_a_strike_while_closing_before_the_next_dial(make: Callable[..., Fixture]) -> None:
+    """The watchdog that waits for the dial ends, too; nobody is told who is not to be told."""
+    step, struck = 0, True
+    while struck:
+        fixture = make()
+        fixture.link.connect(Deadline())
+        fixture.transport.reading = False
+        fixture.submit("r", wait=False)
+        fixture.transport.hang_up()
+        until(lambda fixture=fixture: fixture.link.state is LinkState.BACKOFF)
+        struck = strike(lambda fixture=fixture: fixture.link.start_closing(tell=False), step)
+        with within(0.0):
+            fixture.link.close(WAIT)
+        assert fixture.link.state is LinkState.CLOSED
+        assert step == 0 or fixture.events.empty(), step
+        step += 1
+    assert step > 10
 
 
 def test_f35_a_strike_anywhere_in_closing(make: Callable[..., Fixture]) -> None:

@@ -239,8 +239,7 @@ class WorkerService:
             await server.wait_closed()
             raise ValueError(f"{self._host!r} is {strange[0]} on this machine; listen on 127.0.0.1.")
         self._port = addresses[0][1]
-        for sock in server.sockets:
-            self._sockets.add(sock)
+        self._sockets.listen(server.sockets)
         self._pages = self._make_pages(local=not strange)
         return server
 
@@ -324,6 +323,7 @@ class WorkerService:
         self, connection: ServerConnection, request: Request
     ) -> Response | Awaitable[Response | None] | None:
         """Answer plain HTTP, and whoever may not connect, before a byte of any frame is looked at."""
+        self._sockets.add(connection)
         if self._pages is not None and self._pages.serves(request):
             return self._pages.answer(connection, request)
         return self._entrance.admit(connection, request)
@@ -342,12 +342,7 @@ class WorkerService:
         self.counters["connections"] += 1
         peer = peer_of(connection)
         _logger.info("Host %s connected.", peer, extra=about("connect", peer))
-        sock = connection.transport.get_extra_info("socket")
-        self._sockets.add(sock)
-        try:
-            await self._dispatcher.serve(host, guest.key_id)
-        finally:
-            self._sockets.discard(sock)
+        await self._dispatcher.serve(host, guest.key_id)
         code = connection.close_code
         _logger.info("Host %s is gone (close code %s).", peer, code, extra=about("lose", peer))
 

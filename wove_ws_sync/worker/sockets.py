@@ -7,7 +7,11 @@ process that serves.
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterable
 from typing import Protocol
+
+from websockets.asyncio.server import ServerConnection
 
 from .. import _fork
 
@@ -27,24 +31,27 @@ class Sockets:
     """
 
     def __init__(self) -> None:
-        self._open: set[Socket] = set()
+        self._listening: tuple[Socket, ...] = ()
+        self._connections: weakref.WeakSet[ServerConnection] = weakref.WeakSet()
         _fork.forget_in_child(self)
 
-    def add(self, sock: Socket) -> None:
-        """Count a socket in."""
-        self._open.add(sock)
+    def listen(self, sockets: Iterable[Socket]) -> None:
+        """Count in what the service listens on."""
+        self._listening = tuple(sockets)
 
-    def discard(self, sock: Socket) -> None:
-        """Count it out, once it is closed or about to be."""
-        self._open.discard(sock)
+    def add(self, connection: ServerConnection) -> None:
+        """Count a connection in, for as long as it lives."""
+        self._connections.add(connection)
 
     def abandon_after_fork(self) -> None:
         """Drop a forked child's copies of the descriptors; not a word to the peers."""
         nothing = os.open(os.devnull, os.O_RDWR)
         try:
-            for sock in self._open:
-                if sock.fileno() >= 0:  # the number stays taken, or a finalizer would close another file
+            connected = [each.transport.get_extra_info("socket") for each in list(self._connections)]
+            for sock in (*self._listening, *connected):
+                if sock is not None and sock.fileno() >= 0:
+                    # The number stays taken, or a finalizer would close another file.
                     os.dup2(nothing, sock.fileno(), inheritable=False)
         finally:
             os.close(nothing)
-        self._open = set()
+        self._listening, self._connections = (), weakref.WeakSet()
