@@ -50,6 +50,12 @@ def jwk(key: Any, kid: str | None, **fields: Any) -> dict[str, Any]:
     elif isinstance(key, ed25519.Ed25519PrivateKey):
         kind = jwt.algorithms.OKPAlgorithm
     document = {**json.loads(kind.to_jwk(key.public_key())), "kid": kid, **fields}
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        # RFC 7518 wants coordinates of full length; old versions of PyJWT leave out zeros in front.
+        for name in ("x", "y"):
+            number = jwt.utils.base64url_decode(document[name])
+            padded = number.rjust((key.key_size + 7) // 8, b"\0")
+            document[name] = jwt.utils.base64url_encode(padded).decode()
     return {name: value for name, value in document.items() if value is not None}
 
 
