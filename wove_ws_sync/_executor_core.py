@@ -6,6 +6,8 @@ that nobody shut down. Never: waits for a run; :mod:`wove_ws_sync.futures` does.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import itertools
 import threading
 import warnings
@@ -13,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
-from . import _fork
+from . import _fork, payloads
 from ._carry import Carrier
+from ._condition import Condition
 from ._observe import OnEvent
 from ._run_future import RunFuture
 from .errors import ExecutorClosed
@@ -41,6 +44,8 @@ class ExecutorCore:
         self.lock = threading.Lock()
         self.session: Session | None = None
         self.pending: set[RunFuture[Any]] = set()
+        # Says that a future has left that set.
+        self.left = Condition()
         self.closed = False
         self._name_runs()
         _fork.forget_in_child(self)
@@ -52,6 +57,7 @@ class ExecutorCore:
     def abandon_after_fork(self) -> None:
         """Start anew in a forked child: its first submit opens a session of its own."""
         self.lock = threading.Lock()
+        self.left = Condition()
         self.session = None
         self._name_runs()
         pending, self.pending = self.pending, set()
@@ -104,21 +110,24 @@ class ExecutorCore:
             start(session)
             if future._unwanted:
                 session.cancel(future.run_id)
-        except Exception as exc:
+        except BaseException as exc:
             if session is None:
                 raise
-            self.ended(future)
-            try:
+            self._fail(future, exc, session)
+            # Of Ctrl-C or a time limit hears who submits; nobody will hold the future then.
+            if not isinstance(exc, Exception) or payloads.is_of_a_signal_handler(exc):
+                raise
+
+    def _fail(self, future: RunFuture[Any], exc: BaseException, session: Session) -> None:
+        """End a future whose run could not be begun, or of which that is not known."""
+        try:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # its end has just come
                 if not future.done():
                     future.set_exception(exc)
-            finally:  # a signal handler's exception may come when it was sent already
-                if not isinstance(exc, InFlight):  # which is the run of another future
-                    session.cancel(future.run_id)
-        except BaseException:  # Ctrl-C: nobody will hold the future
-            if session is not None:
-                session.cancel(future.run_id)
+        finally:
             self.ended(future)
-            raise
+            if not isinstance(exc, InFlight):  # which is the run of another future
+                session.cancel(future.run_id)
 
     def connect(self, deadline: Deadline | None = None) -> None:
         """Connect before the first run, by *deadline* or else within ``open_timeout`` seconds.
@@ -150,8 +159,15 @@ class ExecutorCore:
         with self.lock:
             self.pending.discard(future)
             done = self.closed and not self.pending
+        self.left.notify_all()
         if done:
             self.close()
+
+    def await_end(self, future: RunFuture[Any]) -> None:
+        """Wait until *future* has ended and its done-callbacks are through, but for those of this thread."""
+        future._await_end(None)
+        if not future._is_calling():
+            self.left.until(lambda: future not in self.pending, None)
 
     def shut(self) -> list[RunFuture[Any]]:
         _fork.check()

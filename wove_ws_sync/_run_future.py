@@ -7,6 +7,7 @@ starts a run or knows the executor it came from, but for the one who wants to he
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import os
 import threading
 import time
@@ -24,7 +25,10 @@ __all__ = ["Keeper", "RunFuture"]
 _T = TypeVar("_T")
 _CANCELLED = concurrent.futures._base.CANCELLED
 _FINISHED = concurrent.futures._base.FINISHED
-_ENDED = (_CANCELLED, concurrent.futures._base.CANCELLED_AND_NOTIFIED, _FINISHED)
+_NOTIFIED = concurrent.futures._base.CANCELLED_AND_NOTIFIED
+_ENDED = (_CANCELLED, _NOTIFIED, _FINISHED)
+# That of the standard library's own futures.
+_log = logging.getLogger("concurrent.futures")
 
 
 class Keeper(Protocol):
@@ -54,6 +58,9 @@ class RunFuture(Observed, concurrent.futures.Future[_T]):
         self._event: dict[str, Any] | None = None
         # Held while the result is unpickled, so that it happens once.
         self._decoding = threading.RLock()
+        # Who of those that wait for several futures has been told, and the thread in a done-callback.
+        self._told: list[Any] = []
+        self._caller = 0
 
     @property
     def _condition(self) -> Condition:
@@ -180,7 +187,7 @@ class RunFuture(Observed, concurrent.futures.Future[_T]):
     def _get_snapshot(self) -> Any:
         # How newer versions of asyncio read a finished future, instead of result() and exception().
         if self.done() and not self.cancelled():
-            self._decode(0)
+            self._decode(None)  # another thread may be unpickling
         return super()._get_snapshot()  # type: ignore[misc]
 
     def _in_links_thread(self) -> bool:
@@ -204,7 +211,8 @@ class RunFuture(Observed, concurrent.futures.Future[_T]):
     def _on_event(self, event: dict[str, Any]) -> None:
         """Take one event frame: the run's sink."""
         try:
-            self._observe(event, self._keeper.on_event)
+            if not self._has_ended():  # or the event comes again, as an exception struck the first time
+                self._observe(event, self._keeper.on_event)
         finally:  # whatever the callbacks of others raise, SystemExit say
             self._take(event)
 
@@ -220,19 +228,42 @@ class RunFuture(Observed, concurrent.futures.Future[_T]):
                 raise
 
     def _end(self, kind: str, event: dict[str, Any]) -> None:
-        if self._has_ended():
-            self._keeper.ended(self)
-        elif kind == "task_cancelled":
-            self._acknowledged = bool(event.get("acknowledged"))
-            with self._condition:  # notified first: a callback may wait for this future, or raise SystemExit
-                self._state = _CANCELLED
-                self.set_running_or_notify_cancel()
+        """Set the state and tell everybody; called again, go on where an exception struck."""
+        try:
+            with self._condition:
+                if not self._has_ended():
+                    self._acknowledged = bool(event.get("acknowledged"))
+                    self._event = None if kind == "task_cancelled" else event  # decoded when it is asked for
+                    self._state = _NOTIFIED if kind == "task_cancelled" else _FINISHED
+                for waiter in self._untold():
+                    (waiter.add_result if self._state == _FINISHED else waiter.add_cancelled)(self)
+                    self._told.append(waiter)
                 self._condition.notify_all()
+            self._call_back()
+        finally:
             self._keeper.ended(self)
-            self._invoke_callbacks()  # type: ignore[attr-defined]  # the standard library's own, untyped
-        else:
-            self._event = event
-            try:
-                self.set_result(None)  # type: ignore[arg-type]  # the value is decoded when it is asked for
-            finally:
-                self._keeper.ended(self)
+
+    def _untold(self) -> list[Any]:
+        """Return who waits by the standard library's functions for several futures, and was not told."""
+        return [waiter for waiter in self._waiters if waiter not in self._told]
+
+    def _call_back(self) -> None:
+        """Call each done-callback once, whatever they raise; of what gets out the first goes on."""
+        raised: BaseException | None = None
+        self._caller = threading.get_ident()
+        try:
+            while self._done_callbacks:
+                try:
+                    self._done_callbacks.pop(0)(self)
+                except Exception:
+                    _log.exception("exception calling callback for %r", self)
+                except BaseException as exc:  # sys.exit(), or Ctrl-C
+                    raised = raised or exc
+        finally:
+            self._caller = 0
+        if raised is not None:
+            raise raised
+
+    def _is_calling(self) -> bool:
+        """Tell whether this thread is in a done-callback of this future."""
+        return self._caller == threading.get_ident()

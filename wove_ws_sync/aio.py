@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -75,6 +76,7 @@ class _Group:
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task()
         self.session = session
+        self.run_config = run_config
         self.defaults = run_defaults(run_config)
         self.inboxes: list[_Inbox] = []
         self.starts = 0
@@ -96,6 +98,15 @@ class _Group:
         return self.session.submit(
             command, delivery, self.sink, deadline=deadline, wait=False, flush=flush, block=False
         )
+
+    def submit_and_wait(
+        self, command: Mapping[str, Any], delivery: DeliveryOptions, deadline: Deadline, unwanted: list[str]
+    ) -> Run:
+        """Send in a thread that may wait for the network; cancel what has become *unwanted* meanwhile."""
+        run = self.session.submit(command, delivery, self.sink, deadline=deadline)
+        if run.run_id in unwanted:
+            self.session.cancel(run.run_id)
+        return run
 
     def _flush(self) -> None:
         if self._unsent:
@@ -133,6 +144,9 @@ class _Group:
         """
         self._beating[run_id] = interval
         self._beat(run_id)
+        if self._timer is not None and self._timer.when() > self.loop.time() + interval / 3.0:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
             self._timer = self.loop.call_later(interval / 3.0, self._beat_all)
 
@@ -154,8 +168,10 @@ class _Group:
         self.session.close()
 
 
-# Which start() the running code belongs to, for each executor instance.
-_current: ContextVar[Mapping[Any, tuple[_Group, _Inbox]]] = ContextVar("wove_ws_sync_current")
+# Which start() the running code belongs to, for each executor instance; None behind its stop(). Weak,
+# as the context of a task that lives long must not keep the executors of weaves that failed.
+_Here = tuple[_Group, _Inbox] | None
+_current: ContextVar[Mapping[weakref.ref[Any], _Here]] = ContextVar("wove_ws_sync_current")
 
 
 class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
@@ -188,9 +204,13 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
 
         Raises what ``SyncWebSocketEnvironmentExecutor.start`` raises.
         """
+        here = _current.get({}).get(weakref.ref(self))
+        if here is None or here[0].task is not asyncio.current_task():  # what a task inherited is not its own
+            _current.set(self._entries(None))
         options = security.link_options(environment_config)
-        group = self._joinable(options)
+        group = self._joinable(options, run_config)
         if group is None:
+            self._close_stale()
             carrier = Carrier(options.context_vars)
             group = _Group(open_session(options, environment_name), run_config, carrier)
             try:
@@ -203,7 +223,7 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         inbox = _Inbox(group.loop)
         group.inboxes.append(inbox)
         group.starts += 1
-        _current.set({**_current.get({}), self: (group, inbox)})
+        _current.set(self._entries((group, inbox)))
 
     async def send(self, frame: Mapping[str, Any]) -> None:
         """Send one command frame without blocking the loop.
@@ -226,11 +246,20 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         if size <= _INLINE_BYTES and group.session.link.has_room(size + _FRAME_BYTES):
             run = group.submit(command, delivery, deadline)
         else:
-            submit = group.session.submit
-            run = await asyncio.to_thread(submit, command, delivery, group.sink, deadline=deadline)
+            unwanted: list[str] = []
+            try:
+                run = await asyncio.to_thread(group.submit_and_wait, command, delivery, deadline, unwanted)
+            except asyncio.CancelledError:  # nobody will cancel the run by its id: send() has not returned
+                unwanted.append(frame["run_id"])
+                group.session.cancel(frame["run_id"])
+                raise
         if delivery.delivery_heartbeat_seconds is not None and not run.terminal:
             group.keep_beating(frame["run_id"], delivery.delivery_heartbeat_seconds)
-            await asyncio.sleep(0)
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                group.session.cancel(frame["run_id"])
+                raise
 
     async def recv(self) -> dict[str, Any]:
         """Return the next event frame, decoded in the loop's thread."""
@@ -258,15 +287,32 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         group.starts -= 1
         if group.starts:
             return
-        group.close()
-        if group in self._groups:
-            self._groups.remove(group)
-        _current.set({key: value for key, value in _current.get({}).items() if key is not self})
+        self._close(group)
+        _current.set(self._entries(None))
 
-    def _joinable(self, options: LinkOptions) -> _Group | None:
+    def _close(self, group: _Group) -> None:
+        group.starts = 0
+        group.close()
+        with contextlib.suppress(ValueError):  # another thread was first
+            self._groups.remove(group)
+
+    def _close_stale(self) -> None:
+        """Let go of what weaves have left that failed as they started, which nobody stops."""
+        for group in [group for group in self._groups if group.loop.is_closed()]:
+            self._close(group)
+
+    def _entries(self, here: _Here) -> Mapping[weakref.ref[Any], _Here]:
+        """Return what this context is to know: where each executor is that lives, this one *here*."""
+        known = {key: value for key, value in _current.get({}).items() if key() is not None}
+        return {**known, weakref.ref(self): here}
+
+    def _joinable(self, options: LinkOptions, run_config: Mapping[str, Any] | None) -> _Group | None:
         """Return the group of the same weave, if an environment of it was started already."""
-        here = _current.get({}).get(self)
+        here = _current.get({}).get(weakref.ref(self))
         if here is None or here[0].task is not asyncio.current_task() or not here[0].starts:
+            return None
+        if run_config and here[0].run_config and run_config is not here[0].run_config:
+            self._close(here[0])  # of an earlier weave of the task: all environments of one share that object
             return None
         if here[0].session.link.options != options or here[0].carrier.names != options.context_vars:
             raise RuntimeError(
@@ -282,9 +328,12 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         return here
 
     def _find(self) -> tuple[_Group, _Inbox] | None:
-        here = _current.get({}).get(self)
+        known = _current.get({})
+        here = known.get(weakref.ref(self))
         if here is not None and here[0].starts:
             return here
+        if weakref.ref(self) in known:  # stopped, or not started
+            return None
         # Code that runs outside the context of start(): clear only if there is one in this loop.
         loop = asyncio.get_running_loop()
         groups = [group for group in list(self._groups) if group.loop is loop and group.starts]

@@ -154,7 +154,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
 
         *timeout* in seconds counts from this call; *chunksize* items travel in one run;
         *buffersize* limits the runs submitted ahead of the consumer (None: all at once).
-        Runs not yet consumed are cancelled when the iterator is closed.
+        Once iteration has begun, runs not yet consumed are cancelled when the iterator is closed.
         """
         callable_only(fn)
         map_sizes(chunksize, buffersize)
@@ -211,7 +211,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more work; wait for what is on its way, or cancel what has not started. Idempotent.
 
-        Called in a done-callback it does not wait, as nothing could arrive meanwhile.
+        It waits for done-callbacks, too. Called in one it does not wait, as nothing could arrive meanwhile.
         """
         pending = self._core.shut()
         if cancel_futures:
@@ -220,7 +220,7 @@ class WebSocketExecutor(concurrent.futures.Executor):
                     future._ask_to_cancel()
         if wait and not exiting() and not any(future._in_links_thread() for future in pending):
             for future in pending:
-                future._await_end(None)
+                self._core.await_end(future)
 
 
 def _settle(environment: str | None, settings: dict[str, Any]) -> tuple[LinkOptions, DeliveryOptions]:

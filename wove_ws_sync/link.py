@@ -83,9 +83,10 @@ class Link(LinkThreads):
     def detach(self, session: Hashable) -> None:
         """Count *session* out and end what it left, each run by its orphan policy."""
         try:
+            with self._state_lock:  # first: what is being submitted meanwhile must not slip through
+                self._forget(session, self._clock.monotonic())
             self.abandon(session)
             with self._state_lock:
-                self._forget(session, self._clock.monotonic())
                 moment = self._next_decision()
             self._mind(moment)
         except BaseException:
@@ -179,6 +180,8 @@ class Link(LinkThreads):
                     now = self._clock.monotonic()
                     if self._state in OVER:
                         raise ExecutorClosed("The link to the worker service is closed; make a new executor.")
+                    if run.session not in self._sessions:
+                        raise ExecutorClosed("The executor was stopped while it sent this run.")
                     late = run.deadline.expired(now)
                     if not block or late or self._has_room(len(run.message), ticket):
                         self._table.register(run, now)
@@ -220,7 +223,8 @@ class Link(LinkThreads):
 
         def there_is() -> bool:
             with self._state_lock:
-                return self._state in OVER or self._has_room(len(run.message), ticket)
+                gone = self._state in OVER or run.session not in self._sessions
+                return gone or self._has_room(len(run.message), ticket)
 
         self._changed.until(there_is, _PATIENCE if remaining is None else min(remaining, _PATIENCE))
 

@@ -70,7 +70,7 @@ def decode_value(text: str | bytes) -> Any:
     try:
         return pickle.loads(base64.b64decode(text))  # line breaks are passed over, as Wove does
     except _RAISED_BY_PICKLES as exc:
-        if _is_of_a_signal_handler(exc):
+        if is_of_a_signal_handler(exc):
             raise
         payload, cause = _undecodable(exc), exc
     # Without this frame, whose variable is what could not be decoded.
@@ -79,7 +79,7 @@ def decode_value(text: str | bytes) -> Any:
     raise PayloadError(payload) from cause
 
 
-def _is_of_a_signal_handler(exc: BaseException) -> bool:
+def is_of_a_signal_handler(exc: BaseException) -> bool:
     """Tell whether a signal handler of this process raised *exc*, wherever the signal came.
 
     One that is no handler any more, as it has taken itself back before it raised, is not recognised.

@@ -20,9 +20,14 @@ from .aio import AsyncWebSocketEnvironmentExecutor
 __all__ = ["config", "install", "uninstall"]
 
 _FACTORY = "build_executor_from_name"
+_Factory = Callable[[str], wove.EnvironmentExecutor]
 # Guards the swap of Wove's factory.
 _lock = threading.Lock()
-_original: Callable[[str], wove.EnvironmentExecutor] | None = None
+_installed = False
+# Wove's own factory, and what ours took the place of: that one, or what somebody made of it, or of ours.
+_wove_factory: _Factory | None = None
+_replaced: _Factory | None = None
+_below = threading.local()
 
 
 def install() -> None:
@@ -30,30 +35,31 @@ def install() -> None:
 
     Raises RuntimeError if the installed Wove has no place to do so.
     """
-    global _original
+    global _installed, _wove_factory, _replaced
     _fork.check()
     with _lock:
-        if _original is not None:
+        if _installed:
             return
-        original = getattr(wove_environment, _FACTORY, None)
-        if original is None:
+        present = getattr(wove_environment, _FACTORY, None)
+        if present is None:
             raise RuntimeError(
                 f"wove {wove.__version__} builds its executors in another way; "
                 "wove_ws_sync works with wove 2.0."
             )
-        _original = original
-        setattr(wove_environment, _FACTORY, _build)
+        if present is not _build:
+            _wove_factory, _replaced = _wove_factory or present, present
+            setattr(wove_environment, _FACTORY, _build)
+        _installed = True
 
 
 def uninstall() -> None:
     """Restore Wove's own websocket executor for later weaves. Idempotent, thread-safe."""
-    global _original
+    global _installed
     _fork.check()
     with _lock:
-        if _original is not None:
-            if getattr(wove_environment, _FACTORY) is _build:  # or somebody else patched Wove after us
-                setattr(wove_environment, _FACTORY, _original)
-            _original = None
+        if _installed and getattr(wove_environment, _FACTORY) is _build:  # or somebody patched Wove after us
+            setattr(wove_environment, _FACTORY, _replaced)
+        _installed = False
 
 
 @functools.wraps(wove.config, assigned=(), updated=())  # for its signature alone
@@ -70,9 +76,13 @@ def _renew_lock() -> None:
 
 
 def _build(name: str) -> wove.EnvironmentExecutor:
-    if name == "websocket":
+    if name == "websocket" and _installed:
         return AsyncWebSocketEnvironmentExecutor()
-    original = _original
-    if original is None:  # a call that began before uninstall()
-        return wove_environment.build_executor_from_name(name)
-    return original(name)
+    assert _wove_factory is not None and _replaced is not None
+    if getattr(_below, "entered", False):  # what ours took the place of calls ours
+        return _wove_factory(name)
+    _below.entered = True
+    try:
+        return _replaced(name)
+    finally:
+        _below.entered = False

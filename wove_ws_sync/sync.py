@@ -6,7 +6,9 @@ table of its own; both are the link's.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
@@ -15,7 +17,7 @@ from typing import Any
 from . import _fork, security
 from ._carry import Carrier
 from .errors import ExecutorClosed
-from .frames import COMMANDS
+from .frames import COMMANDS, TERMINAL_EVENTS
 from .link import Link
 from .options import DeliveryOptions
 from .session import SPARABLE, Session, open_session
@@ -23,6 +25,8 @@ from .session import SPARABLE, Session, open_session
 __all__ = ["NOT_STARTED", "SyncWebSocketEnvironmentExecutor", "check_frame", "frame_delivery", "run_defaults"]
 
 NOT_STARTED = "websocket executor is not started."
+# An event that waits in a queue, empty once somebody has taken it.
+_Box = list[dict[str, Any]]
 
 
 class SyncWebSocketEnvironmentExecutor:
@@ -42,7 +46,7 @@ class SyncWebSocketEnvironmentExecutor:
         self._lock = threading.Lock()
         self._session = None
         self._defaults: dict[str, Any] = {}
-        self._events: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._events: SimpleQueue[_Box | None] = SimpleQueue()
         _fork.forget_in_child(self)
 
     def __repr__(self) -> str:
@@ -141,12 +145,12 @@ class SyncWebSocketEnvironmentExecutor:
             session, events = stopped or self._started(), self._events
         limit = None if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
         try:
-            event = events.get(timeout=limit)
+            event = _next_of(events, limit)
         except Empty:
             raise TimeoutError(f"no event frame came within {timeout} s") from None
         if event is None:
             events.put(None)  # for other receivers
-            event = events.get()  # one that was put back, see below
+            event = _next_of(events, None)  # one that was put back, see below
         if event is None:
             events.put(None)
             if stopped is not None:
@@ -155,7 +159,7 @@ class SyncWebSocketEnvironmentExecutor:
         try:
             return session.decode(event)
         except BaseException:  # Ctrl-C, or what a signal handler raises: it was not the event's fault
-            events.put(event)
+            events.put([event])
             raise
 
     def stop(self) -> None:
@@ -176,20 +180,27 @@ class SyncWebSocketEnvironmentExecutor:
                 self._stopped = previous
             self._defaults = defaults
         if previous is not None:
-            previous.close()
-            events.put(None)  # whoever waits in recv() hears of it
+            try:
+                previous.close()
+            finally:
+                events.put(None)  # whoever waits in recv() hears of it
 
-    def _sink(
-        self, session: Session, events: SimpleQueue[dict[str, Any] | None]
-    ) -> Callable[[dict[str, Any]], None]:
+    def _sink(self, session: Session, events: SimpleQueue[_Box | None]) -> Callable[[dict[str, Any]], None]:
         """Return a sink that puts into *events* what is asked for and not to be dropped."""
 
         def put(event: dict[str, Any]) -> None:
             kind = event["type"]
             if kind in SPARABLE and (session.drops(events.qsize()) or (kind == "progress" and not wanted)):
                 return
-            events.put(event)
+            if kind in TERMINAL_EVENTS:
+                # It comes again if an exception struck before it was known that it is in here.
+                if not ends:
+                    ends.append([event])
+                events.put(ends[0])
+            else:
+                events.put([event])
 
+        ends: list[_Box] = []
         wanted = self._progress
         return put
 
@@ -230,3 +241,14 @@ def frame_delivery(frame: Mapping[str, Any], defaults: Mapping[str, Any]) -> Del
     if not isinstance(delivery, Mapping):
         raise TypeError(f"delivery of a run_task frame must be a mapping, not {type(delivery).__name__}.")
     return DeliveryOptions.from_mapping({**defaults, **delivery})
+
+
+def _next_of(events: SimpleQueue[_Box | None], timeout: float | None) -> dict[str, Any] | None:
+    """Take the next event out, None for the end of them. Raises Empty after *timeout* seconds."""
+    ends_at = None if timeout is None else time.monotonic() + timeout
+    while True:
+        box = events.get(timeout=None if ends_at is None else max(0.0, ends_at - time.monotonic()))
+        if box is None:
+            return None
+        with contextlib.suppress(IndexError):  # it was in the queue twice
+            return box.pop()

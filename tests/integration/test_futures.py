@@ -179,6 +179,70 @@ def test_map_timeout_counts_from_the_call(pool: WebSocketExecutor, gate: Callabl
         next(results)
 
 
+def test_shutdown_waits_for_done_callbacks(pool: WebSocketExecutor) -> None:
+    """As the standard library's does: behind a with block, what callbacks collect is complete."""
+    collected: list[int] = []
+    pause = threading.Event()
+
+    def collect(future: RunFuture[int]) -> None:
+        pause.wait(0.2)
+        collected.append(future.result())
+
+    with pool:
+        for number in range(3):
+            pool.submit(mul, number, 2).add_done_callback(collect)
+    assert sorted(collected) == [0, 2, 4]
+
+
+def test_a_done_callback_may_shut_down(worker: LoopbackWorker, gate: Callable[[], str]) -> None:
+    """In a thread that cancels, too: it waits for no callback that it is in itself."""
+    pool = WebSocketExecutor(worker.url, security=worker.security, delivery_cancel_mode="best_effort")
+    future = pool.submit(hold, gate())
+    future.add_done_callback(lambda _: pool.shutdown())
+    assert future.cancel()
+    assert not pool._core.pending
+
+
+def test_a_time_limit_leaves_submit(pool: WebSocketExecutor) -> None:
+    """What a signal handler raises comes out of submit(), and nobody waits for that future."""
+
+    class TimeLimit(Exception):
+        pass
+
+    class Slow:
+        def __reduce__(self) -> Any:
+            signal.raise_signal(signal.SIGALRM)
+            return int, ()
+
+    def strike(number: int, frame: object) -> None:
+        raise TimeLimit
+
+    handler = signal.signal(signal.SIGALRM, strike)
+    try:
+        with pytest.raises(TimeLimit):
+            pool.submit(abs, Slow())
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    pool.shutdown()
+
+
+def test_ctrl_c_in_submit_ends_the_wait_of_a_shutdown(worker: LoopbackWorker) -> None:
+    """Another thread may be waiting already for the run that was never sent."""
+    pool = WebSocketExecutor(worker.url, security=worker.security)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        waiting: list[concurrent.futures.Future[None]] = []
+
+        class Interrupted:
+            def __reduce__(self) -> Any:
+                waiting.append(threads.submit(pool.shutdown))
+                until(lambda: pool._core.closed)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            pool.submit(abs, Interrupted())
+        waiting[0].result(WAIT)
+
+
 def test_map_does_not_wait_for_the_answer_to_its_cancellations() -> None:
     """Nobody has the futures: the timeout is the timeout, however long a worker takes to say anything."""
     with ScriptedWorker() as worker:

@@ -144,6 +144,25 @@ def test_coroutines_and_threads_of_theirs_report(pool: WebSocketExecutor) -> Non
     assert future.progress == (1, 2, "in a thread")
 
 
+def test_an_end_is_told_to_the_callback_once(worker: LoopbackWorker) -> None:
+    """Also if that raises SystemExit in a thread that cancels, out of which it comes."""
+    events: list[str] = []
+
+    def take(event: dict[str, Any]) -> None:
+        events.append(event["type"])
+        if event["type"] == "task_cancelled":
+            raise SystemExit
+
+    mode = {"delivery_cancel_mode": "best_effort"}
+    with WebSocketExecutor(worker.url, security=worker.security, on_event=take, **mode) as pool:
+        future = pool.submit(asyncio.sleep, 60.0)
+        until(future.running)
+        with pytest.raises(SystemExit):
+            future.cancel()
+        assert future.cancelled()
+    assert events == ["task_started", "task_cancelled"]
+
+
 @pytest.mark.parametrize("raised", [RuntimeError, SystemExit, KeyboardInterrupt])
 def test_events_go_to_the_callback_without_pickles(
     worker: LoopbackWorker, raised: type[BaseException]

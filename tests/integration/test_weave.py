@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import wove
+from scripted_worker import ScriptedWorker, result, run_frame
 from wove import weave
 
 import wove_ws_sync
-from wove_ws_sync.session import links
+from wove_ws_sync.session import Session, links
 from wove_ws_sync.testing import LoopbackWorker
 
 BRIDGE = Path(__file__).with_name("stdio_bridge.py")
@@ -406,3 +407,210 @@ def test_an_executor_that_was_not_made_whole_has_a_repr() -> None:
 def test_config_has_the_signature_of_woves() -> None:
     """Editors and help() show the same keywords."""
     assert inspect.signature(wove_ws_sync.config) == inspect.signature(wove.config)
+
+
+def test_install_bears_whoever_wraps_woves_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that wrapped ours calls it for ever, also after uninstall() and another install()."""
+    environment = wove.environment
+    monkeypatch.setattr(environment, "build_executor_from_name", environment.build_executor_from_name)
+    wove_ws_sync.install()
+    wrapped = environment.build_executor_from_name
+
+    def wrapper(name: str) -> Any:
+        return wrapped(name)
+
+    monkeypatch.setattr(environment, "build_executor_from_name", wrapper)
+    for _ in range(2):
+        assert type(environment.build_executor_from_name("local")) is environment.LocalEnvironmentExecutor
+        ours = environment.build_executor_from_name("websocket")
+        assert isinstance(ours, wove_ws_sync.AsyncWebSocketEnvironmentExecutor)
+        wove_ws_sync.uninstall()
+        assert type(environment.build_executor_from_name("local")) is environment.LocalEnvironmentExecutor
+        woves = environment.build_executor_from_name("websocket")
+        assert isinstance(woves, environment.WebSocketEnvironmentExecutor)
+        wove_ws_sync.install()
+
+
+def test_a_second_stop_ends_no_other_weave(worker: LoopbackWorker) -> None:
+    """Nor does one behind a start() that failed, though both share an instance and a loop."""
+    executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+    config = {"url": worker.url, "security": worker.security}
+
+    async def started(**settings: Any) -> None:
+        await executor.start(environment_name="e", environment_config={**config, **settings})
+
+    async def twice() -> None:
+        await started()
+        await executor.stop()
+        await executor.stop()
+        with pytest.raises(RuntimeError, match="not started"):
+            await executor.send({"type": "shutdown"})
+
+    async def never() -> None:
+        with pytest.raises(OSError):
+            await started(url="ws://127.0.0.1:9/wove")
+        await executor.stop()
+
+    async def main() -> str:
+        await started()
+        frame = {
+            "type": "run_task",
+            "run_id": "r",
+            "task_id": "t",
+            "callable": asyncio.sleep,
+            "args": {"delay": 0.5},
+        }
+        await executor.send(frame)
+        for other in (twice, never):
+            await asyncio.create_task(other())
+        while (event := await executor.recv())["type"] not in ("task_result", "task_error", "task_cancelled"):
+            pass
+        await executor.stop()
+        return str(event["type"])
+
+    assert asyncio.run(main()) == "task_result"
+
+
+@pytest.mark.parametrize("where", ["one task", "one loop each"])
+def test_a_weave_that_fails_as_it_starts_leaves_nothing_to_the_next(
+    worker: LoopbackWorker, where: str
+) -> None:
+    """Wove never stops the environments that were started: the next weave on the instance does."""
+    executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+    config = {"url": worker.url, "security": worker.security}
+    run_configs = [{"max_workers": 1}, {"max_workers": 1}]
+
+    async def fail() -> None:
+        await executor.start(environment_name="a", environment_config=config, run_config=run_configs[0])
+
+    async def succeed() -> None:
+        for name in ("a", "b"):
+            await executor.start(environment_name=name, environment_config=config, run_config=run_configs[1])
+        [group] = executor._groups
+        assert (group.starts, len(group.inboxes)) == (2, 2)
+        for _ in range(2):
+            await executor.stop()
+
+    async def both() -> None:
+        await fail()
+        await succeed()
+
+    if where == "one task":
+        asyncio.run(both())
+    else:
+        asyncio.run(fail())
+        asyncio.run(succeed())
+    assert executor._groups == []
+
+
+def test_the_shortest_heartbeat_sets_the_pace(worker: LoopbackWorker) -> None:
+    """A run with a long interval that comes first does not keep Wove waiting for those of another."""
+    executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+
+    async def main() -> None:
+        config = {"url": worker.url, "security": worker.security}
+        await executor.start(environment_name="e", environment_config=config)
+        [group] = executor._groups
+        group.keep_beating("slow", 3600.0)
+        group.keep_beating("fast", 0.3)
+        beats = 0
+        while beats < 5:
+            beats += (await executor.recv())["run_id"] == "fast"
+        await executor.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30.0))
+
+
+def test_a_send_that_is_cancelled_leaves_no_run() -> None:
+    """Wove cancels nothing whose send() has not returned: it goes out to be cancelled, and not to run on."""
+    executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+    delivery = {"delivery_orphan_policy": "requeue"}
+
+    async def main(worker: ScriptedWorker) -> None:
+        config = {"url": worker.url, "send_buffer_bytes": 3_000_000}
+        await executor.start(environment_name="e", environment_config=config)
+        big = {"values": b"x" * 1_500_000}
+        await executor.send(run_frame("first", args=big, delivery=delivery))
+        sending = asyncio.create_task(executor.send(run_frame("second", args=big, delivery=delivery)))
+        link = executor._groups[0].session.link
+        while not link.stats()["waits_for_room"]:
+            await asyncio.sleep(0.01)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        connection = worker.connection()
+        await asyncio.to_thread(connection.commands, 1)
+        connection.say(result("first"))
+        [cancel] = await asyncio.to_thread(connection.commands, 1, "cancel_task")
+        assert cancel["run_id"] == "second"
+        await executor.stop()
+
+    with ScriptedWorker() as worker:
+        asyncio.run(main(worker))
+
+
+def test_what_is_sent_while_it_is_stopped_is_not_sent() -> None:
+    """stop() ends what a send() in another thread has under way, wherever that is."""
+    executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
+
+    class Stopping:
+        """Stops the executor as it is pickled."""
+
+        def __reduce__(self) -> Any:
+            executor.stop()
+            return int, ()
+
+    with ScriptedWorker() as worker:
+        config = {"url": worker.url}
+        executor.start(environment_name="e", environment_config=config)
+        with pytest.raises(wove_ws_sync.ExecutorClosed, match="stopped while it sent"):
+            executor.send(run_frame("r", args={"value": Stopping()}))
+        executor.start(environment_name="e", environment_config=config)
+        executor.send(run_frame("next"))
+        [command] = worker.connection().commands(1)
+        assert command["run_id"] == "next"
+        executor.stop()
+
+
+def test_an_end_that_is_brought_twice_is_received_once() -> None:
+    """The link brings it again if an exception struck before it knew that the queue has it."""
+    executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
+    with ScriptedWorker() as worker:
+        executor.start(environment_name="e", environment_config={"url": worker.url})
+        executor.send(run_frame("r"))
+        connection = worker.connection()
+        connection.commands(1)
+        assert executor.link is not None
+        run = executor.link.find("r")
+        assert run is not None
+        sink = run.sink
+
+        def twice(event: dict[str, Any]) -> None:
+            sink(event)
+            sink(event)
+
+        run.sink = twice
+        connection.say({"type": "heartbeat", "run_id": "r"}, result("r", 6))
+        assert [executor.recv(30.0)["type"] for _ in range(3)] == ["heartbeat", "heartbeat", "task_result"]
+        with pytest.raises(TimeoutError):
+            executor.recv(0.1)
+        executor.stop()
+
+
+def test_a_stop_that_is_interrupted_wakes_receivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C out of stop() must not leave a thread in recv() for ever."""
+    executor = wove_ws_sync.SyncWebSocketEnvironmentExecutor()
+    with ScriptedWorker() as worker, ThreadPoolExecutor(1) as threads:
+        executor.start(environment_name="e", environment_config={"url": worker.url})
+        receiving = threads.submit(executor.recv)
+        close = Session.close
+
+        def struck(session: Session) -> None:
+            close(session)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Session, "close", struck)
+        with pytest.raises(KeyboardInterrupt):
+            executor.stop()
+        with pytest.raises(wove_ws_sync.ExecutorClosed):
+            receiving.result(30.0)
