@@ -19,7 +19,7 @@ from . import _fork, payloads
 from ._carry import Carrier
 from ._condition import Condition
 from ._observe import OnEvent
-from ._run_future import RunFuture
+from ._run_future import RunFuture, in_a_callback
 from .errors import ExecutorClosed
 from .options import DeliveryOptions, LinkOptions
 from .runs import InFlight
@@ -164,9 +164,12 @@ class ExecutorCore:
             self.close()
 
     def await_end(self, future: RunFuture[Any]) -> None:
-        """Wait until *future* has ended and its done-callbacks are through, but for those of this thread."""
+        """Wait until *future* has ended and, but in a done-callback, until its own callbacks are through.
+
+        Those that a thread runs which cancels are its own affair.
+        """
         future._await_end(None)
-        if not future._is_calling():
+        while future in self.pending and not in_a_callback():
             self.left.until(lambda: future not in self.pending, None)
 
     def shut(self) -> list[RunFuture[Any]]:

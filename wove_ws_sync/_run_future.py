@@ -9,8 +9,10 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import os
+import sys
 import threading
 import time
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 from . import _fork
@@ -20,7 +22,7 @@ from .errors import DeliveryCancelled, ForkedError
 from .frames import TERMINAL_EVENTS
 from .session import Session, exiting
 
-__all__ = ["Keeper", "RunFuture"]
+__all__ = ["Keeper", "RunFuture", "in_a_callback"]
 
 _T = TypeVar("_T")
 _CANCELLED = concurrent.futures._base.CANCELLED
@@ -58,9 +60,9 @@ class RunFuture(Observed, concurrent.futures.Future[_T]):
         self._event: dict[str, Any] | None = None
         # Held while the result is unpickled, so that it happens once.
         self._decoding = threading.RLock()
-        # Who of those that wait for several futures has been told, and the thread in a done-callback.
-        self._told: list[Any] = []
-        self._caller = 0
+        # Who of those that wait for several futures is still to be told of the end, and what of it.
+        self._to_tell: list[Any] = []
+        self._failed = False
 
     @property
     def _condition(self) -> Condition:
@@ -233,37 +235,46 @@ class RunFuture(Observed, concurrent.futures.Future[_T]):
             with self._condition:
                 if not self._has_ended():
                     self._acknowledged = bool(event.get("acknowledged"))
+                    self._failed = kind == "task_error"
                     self._event = None if kind == "task_cancelled" else event  # decoded when it is asked for
+                    self._to_tell = list(self._waiters)
                     self._state = _NOTIFIED if kind == "task_cancelled" else _FINISHED
-                for waiter in self._untold():
-                    (waiter.add_result if self._state == _FINISHED else waiter.add_cancelled)(self)
-                    self._told.append(waiter)
+                while self._to_tell:
+                    self._tell(self._to_tell[0])
+                    del self._to_tell[0]
                 self._condition.notify_all()
-            self._call_back()
+            if not self._in_links_thread():  # who cancels has its callbacks to itself: nobody waits for them
+                self._keeper.ended(self)
+            self._invoke_callbacks()
         finally:
             self._keeper.ended(self)
 
-    def _untold(self) -> list[Any]:
-        """Return who waits by the standard library's functions for several futures, and was not told."""
-        return [waiter for waiter in self._waiters if waiter not in self._told]
+    def _tell(self, waiter: Any) -> None:
+        """Tell somebody who waits by the standard library's functions for several futures."""
+        if self._state == _NOTIFIED:
+            waiter.add_cancelled(self)
+        elif self._failed:
+            waiter.add_exception(self)
+        else:
+            waiter.add_result(self)
 
-    def _call_back(self) -> None:
+    def _invoke_callbacks(self) -> None:
         """Call each done-callback once, whatever they raise; of what gets out the first goes on."""
         raised: BaseException | None = None
-        self._caller = threading.get_ident()
-        try:
-            while self._done_callbacks:
-                try:
-                    self._done_callbacks.pop(0)(self)
-                except Exception:
-                    _log.exception("exception calling callback for %r", self)
-                except BaseException as exc:  # sys.exit(), or Ctrl-C
-                    raised = raised or exc
-        finally:
-            self._caller = 0
+        while self._done_callbacks:
+            try:
+                self._done_callbacks.pop(0)(self)
+            except Exception:
+                _log.exception("exception calling callback for %r", self)
+            except BaseException as exc:  # sys.exit(), or Ctrl-C
+                raised = raised or exc
         if raised is not None:
             raise raised
 
-    def _is_calling(self) -> bool:
-        """Tell whether this thread is in a done-callback of this future."""
-        return self._caller == threading.get_ident()
+
+def in_a_callback() -> bool:
+    """Tell whether the caller is in a done-callback of some run, by the stack, which no strike can spoil."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not RunFuture._invoke_callbacks.__code__:
+        frame = frame.f_back
+    return frame is not None

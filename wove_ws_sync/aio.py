@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import wove
 
@@ -168,9 +168,26 @@ class _Group:
         self.session.close()
 
 
-# Which start() the running code belongs to, for each executor instance; None behind its stop(). Weak,
-# as the context of a task that lives long must not keep the executors of weaves that failed.
-_Here = tuple[_Group, _Inbox] | None
+class _Here(NamedTuple):
+    """Which ``start()`` a context belongs to, None behind its ``stop()`` or if it failed.
+
+    *outer* is the one around that: a task of a weave may have run a weave of its own.
+    """
+
+    group: _Group | None
+    inbox: _Inbox | None
+    outer: _Here | None
+
+    def living(self) -> _Here | None:
+        """Return the innermost that was not stopped."""
+        here: _Here | None = self
+        while here is not None and not (here.group is not None and here.group.starts):
+            here = here.outer
+        return here
+
+
+# For each executor instance. Weak, as the context of a task that lives long must not keep the executors
+# of weaves that failed.
 _current: ContextVar[Mapping[weakref.ref[Any], _Here]] = ContextVar("wove_ws_sync_current")
 
 
@@ -204,9 +221,10 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
 
         Raises what ``SyncWebSocketEnvironmentExecutor.start`` raises.
         """
-        here = _current.get({}).get(weakref.ref(self))
-        if here is None or here[0].task is not asyncio.current_task():  # what a task inherited is not its own
-            _current.set(self._entries(None))
+        outer = self._living()
+        mine = outer is not None and outer.group is not None and outer.group.task is asyncio.current_task()
+        if not mine:  # what a task has inherited is not its own to stop
+            self._note(_Here(None, None, outer))
         options = security.link_options(environment_config)
         group = self._joinable(options, run_config)
         if group is None:
@@ -223,7 +241,9 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         inbox = _Inbox(group.loop)
         group.inboxes.append(inbox)
         group.starts += 1
-        _current.set(self._entries((group, inbox)))
+        if outer is not None and (mine or outer.group is group):
+            outer = outer.outer
+        self._note(_Here(group, inbox, outer))
 
     async def send(self, frame: Mapping[str, Any]) -> None:
         """Send one command frame without blocking the loop.
@@ -280,15 +300,14 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
 
     async def stop(self) -> None:
         """End the runs of this ``start()`` by their orphan policies and let go of the link."""
-        here = self._find()
-        if here is None:
+        here = _current.get({}).get(weakref.ref(self)) or self._only_one()
+        if here is None or here.group is None or not here.group.starts:
             return
-        group = here[0]
-        group.starts -= 1
-        if group.starts:
+        here.group.starts -= 1
+        if here.group.starts:
             return
-        self._close(group)
-        _current.set(self._entries(None))
+        self._close(here.group)
+        self._note(_Here(None, None, here.living()))
 
     def _close(self, group: _Group) -> None:
         group.starts = 0
@@ -301,40 +320,43 @@ class AsyncWebSocketEnvironmentExecutor(wove.EnvironmentExecutor):
         for group in [group for group in self._groups if group.loop.is_closed()]:
             self._close(group)
 
-    def _entries(self, here: _Here) -> Mapping[weakref.ref[Any], _Here]:
-        """Return what this context is to know: where each executor is that lives, this one *here*."""
+    def _note(self, here: _Here) -> None:
+        """Have this context know where it is, and forget the executors that are gone."""
         known = {key: value for key, value in _current.get({}).items() if key() is not None}
-        return {**known, weakref.ref(self): here}
+        _current.set({**known, weakref.ref(self): here})
+
+    def _living(self) -> _Here | None:
+        here = _current.get({}).get(weakref.ref(self))
+        return None if here is None else here.living()
 
     def _joinable(self, options: LinkOptions, run_config: Mapping[str, Any] | None) -> _Group | None:
         """Return the group of the same weave, if an environment of it was started already."""
-        here = _current.get({}).get(weakref.ref(self))
-        if here is None or here[0].task is not asyncio.current_task() or not here[0].starts:
-            return None
-        if run_config and here[0].run_config and run_config is not here[0].run_config:
-            self._close(here[0])  # of an earlier weave of the task: all environments of one share that object
-            return None
-        if here[0].session.link.options != options or here[0].carrier.names != options.context_vars:
+        loop, here = asyncio.get_running_loop(), self._living()
+        # All environments of a weave share that object, also those that a task of it starts.
+        groups = [group for group in list(self._groups) if run_config and group.run_config is run_config]
+        group = next((group for group in groups if group.loop is loop and group.starts), None)
+        if group is None:
+            group = None if here is None else here.group
+            if group is None or group.task is not asyncio.current_task():
+                return None
+            if run_config and group.run_config:
+                self._close(group)  # an earlier weave of this task failed as it started
+                return None
+        if group.session.link.options != options or group.carrier.names != options.context_vars:
             raise RuntimeError(
                 "One executor instance was given to environments with different settings in one weave; "
                 'give each environment its own instance, or executor="websocket".'
             )
-        return here[0]
+        return group
 
     def _here(self) -> tuple[_Group, _Inbox]:
-        here = self._find()
-        if here is None:
+        here = self._living() if weakref.ref(self) in _current.get({}) else self._only_one()
+        if here is None or here.group is None or here.inbox is None:
             raise RuntimeError(NOT_STARTED)
-        return here
+        return here.group, here.inbox
 
-    def _find(self) -> tuple[_Group, _Inbox] | None:
-        known = _current.get({})
-        here = known.get(weakref.ref(self))
-        if here is not None and here[0].starts:
-            return here
-        if weakref.ref(self) in known:  # stopped, or not started
-            return None
-        # Code that runs outside the context of start(): clear only if there is one in this loop.
+    def _only_one(self) -> _Here | None:
+        """Return where code is that runs outside the context of start(): if there is one in its loop."""
         loop = asyncio.get_running_loop()
         groups = [group for group in list(self._groups) if group.loop is loop and group.starts]
-        return (groups[0], groups[0].inboxes[0]) if len(groups) == 1 else None
+        return _Here(groups[0], groups[0].inboxes[0], None) if len(groups) == 1 else None

@@ -54,11 +54,12 @@ def install() -> None:
 
 def uninstall() -> None:
     """Restore Wove's own websocket executor for later weaves. Idempotent, thread-safe."""
-    global _installed
+    global _installed, _replaced
     _fork.check()
     with _lock:
         if _installed and getattr(wove_environment, _FACTORY) is _build:  # or somebody patched Wove after us
             setattr(wove_environment, _FACTORY, _replaced)
+            _replaced = _wove_factory  # for whoever wrapped ours
         _installed = False
 
 

@@ -77,6 +77,11 @@ def hold(path: str) -> str:
     raise TimeoutError("nobody opened the gate")
 
 
+def fail_behind(path: str) -> None:
+    hold(path)
+    raise ValueError("as it shall")
+
+
 def capture(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return args, kwargs
 
@@ -281,6 +286,36 @@ def test_wait_and_as_completed(pool: WebSocketExecutor, gate: Callable[[], str])
     failed = pool.submit(mul, None, None)  # type: ignore[arg-type]
     done, _ = concurrent.futures.wait([failed], WAIT, concurrent.futures.FIRST_EXCEPTION)
     assert done == {failed}
+
+
+def test_wait_returns_at_the_first_exception(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:
+    """An error of the task's is one, though it is not unpickled yet."""
+    path, begun = gate(), gate()
+    slow, failing = pool.submit(hold, path), pool.submit(fail_behind, begun)
+    threading.Timer(0.1, open_gate, [begun]).start()
+    done, not_done = concurrent.futures.wait([slow, failing], WAIT, concurrent.futures.FIRST_EXCEPTION)
+    assert (done, not_done) == ({failing}, {slow})
+    open_gate(path)
+
+
+def test_callbacks_of_two_executors_may_shut_each_other_down(worker: LoopbackWorker) -> None:
+    """In a done-callback nothing is waited for, whoever's it is."""
+    config = {"url": worker.url, "security": worker.security}
+    pools = [WebSocketExecutor(**config, close_timeout=limit) for limit in (2.0, 2.5)]  # two links
+    both = threading.Barrier(2)
+    through: list[int] = []
+
+    def shut_down(other: int) -> None:
+        both.wait(WAIT)
+        pools[other].shutdown()
+        through.append(other)
+
+    for number in range(2):
+        future = pools[number].submit(mul, 2, 3)
+        future.add_done_callback(lambda _, other=1 - number: shut_down(other))
+    until(lambda: len(through) == 2)
+    for pool in pools:
+        pool.shutdown()
 
 
 def test_running_and_callbacks(pool: WebSocketExecutor, gate: Callable[[], str]) -> None:

@@ -326,7 +326,10 @@ def test_f40_files_that_were_spoilt(folder: Path) -> None:
     """The worker service goes on with what it has, says so once, and takes the next ones that are right."""
     with service(folder) as running:
         config, good = host(running, folder), (folder / "server.pem").read_bytes()
-        (folder / "server.pem").write_text("nonsense")
+        # At one stroke: the service looks at the files as it starts, and a half written one is another fault.
+        spoilt = folder / "spoilt.pem"
+        spoilt.write_text("nonsense")
+        spoilt.replace(folder / "server.pem")
         for _ in range(2):
             assert run(config) == running.pid
         until(lambda: "cannot be used" in running.log)

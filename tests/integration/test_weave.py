@@ -416,7 +416,10 @@ def test_install_bears_whoever_wraps_woves_factory(monkeypatch: pytest.MonkeyPat
     wove_ws_sync.install()
     wrapped = environment.build_executor_from_name
 
+    calls: list[str] = []
+
     def wrapper(name: str) -> Any:
+        calls.append(name)
         return wrapped(name)
 
     monkeypatch.setattr(environment, "build_executor_from_name", wrapper)
@@ -429,6 +432,7 @@ def test_install_bears_whoever_wraps_woves_factory(monkeypatch: pytest.MonkeyPat
         woves = environment.build_executor_from_name("websocket")
         assert isinstance(woves, environment.WebSocketEnvironmentExecutor)
         wove_ws_sync.install()
+    assert len(calls) == 7  # once for each call that came as far; ours had taken one of them
 
 
 def test_a_second_stop_ends_no_other_weave(worker: LoopbackWorker) -> None:
@@ -443,8 +447,6 @@ def test_a_second_stop_ends_no_other_weave(worker: LoopbackWorker) -> None:
         await started()
         await executor.stop()
         await executor.stop()
-        with pytest.raises(RuntimeError, match="not started"):
-            await executor.send({"type": "shutdown"})
 
     async def never() -> None:
         with pytest.raises(OSError):
@@ -614,3 +616,40 @@ def test_a_stop_that_is_interrupted_wakes_receivers(monkeypatch: pytest.MonkeyPa
             executor.stop()
         with pytest.raises(wove_ws_sync.ExecutorClosed):
             receiving.result(30.0)
+
+
+def five() -> int:
+    return 5
+
+
+def test_a_task_may_weave_and_merge_on_the_same_instance(worker: LoopbackWorker) -> None:
+    """A weave inside a task of another, and environments that a task starts, end with their own weave."""
+    executor = wove_ws_sync.AsyncWebSocketEnvironmentExecutor()
+    config = {"url": worker.url, "security": worker.security}
+    environment = {"executor": executor, "executor_config": config}
+    local = {"executor": "local"}
+    environments = {"local": local, "far": environment, "farther": dict(environment)}
+    wove.config(default_environment="local", environments=environments)
+
+    async def main() -> int:
+        async with weave() as outer:
+
+            @outer.do(environment="far")
+            def first() -> int:
+                return 1
+
+            @outer.do
+            async def second(first: int) -> int:
+                async with weave() as inner:
+
+                    @inner.do(environment="far")
+                    def only() -> int:
+                        return 40
+
+                near = await wove.merge(five, environment="far")
+                return int(inner.result.only + near + await wove.merge(five, environment="farther") + first)
+
+        return int(outer.result.second)
+
+    assert asyncio.run(asyncio.wait_for(main(), 30.0)) == 51
+    assert executor._groups == []

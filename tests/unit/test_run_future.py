@@ -6,6 +6,7 @@ import concurrent.futures
 import linecache
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -115,3 +116,44 @@ def test_every_callback_is_called_and_the_first_exit_goes_on() -> None:
     with pytest.raises(SystemExit):
         future._on_event(ENDS[1])
     assert called == kinds
+
+
+def test_who_waits_after_the_end_is_told_nothing_again() -> None:
+    """An end that is brought again, as a callback raised, is no news for those that came meanwhile."""
+    future: RunFuture[Any] = RunFuture("r", Keeper())
+    other: RunFuture[Any] = RunFuture("s", Keeper())
+    asked = threading.Event()
+
+    def leave(future: Any) -> None:
+        thread.start()
+        until(lambda: other._waiters)
+        raise SystemExit
+
+    def wait() -> None:
+        returned.append(concurrent.futures.wait([future, other], WAIT).not_done)
+        asked.set()
+
+    returned: list[set[Any]] = []
+    thread = threading.Thread(target=wait)
+    future.add_done_callback(leave)
+    with pytest.raises(SystemExit):
+        future._on_event(ENDS[1])
+    assert not asked.wait(0.1)
+    other._on_event({**ENDS[1], "run_id": "s"})
+    thread.join(WAIT)
+    assert returned == [set()]
+
+
+def test_a_future_keeps_nobody_that_waited() -> None:
+    """Or one result that is kept would keep those of all that were waited for together."""
+    futures: list[RunFuture[Any]] = [RunFuture(f"r{number}", Keeper()) for number in range(2)]
+    thread = threading.Thread(target=concurrent.futures.wait, args=(list(futures), WAIT))
+    thread.start()
+    until(lambda: all(future._waiters for future in futures))
+    for future in futures:
+        future._on_event(ENDS[1])
+    thread.join(WAIT)
+    other = weakref.ref(futures.pop())
+    del future, thread
+    assert other() is None
+    assert futures[0].done()
