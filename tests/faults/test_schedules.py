@@ -27,6 +27,7 @@ def test_f13_f44_restarts_while_threads_submit(policy: str, tmp_path: Path) -> N
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_f44_ten_thousand_runs_with_cuts(policy: str, tmp_path: Path) -> None:
     """50 schedules of cuts: as in the short one."""
