@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from fault_helpers import until, within
+from strikes import Struck, struck
 
 import wove_ws_sync.link
 from wove_ws_sync import _book, _link_core, _link_threads, connection, runs
@@ -411,10 +411,6 @@ CLOSING = {
 }
 
 
-class Struck(BaseException):
-    """What a signal handler raises."""
-
-
 def strike(act: Callable[[], Any], step: int) -> bool:
     """Call *act* and raise as its function number *step* begins; tell whether it came so far."""
     left = step
@@ -427,25 +423,15 @@ def strike(act: Callable[[], Any], step: int) -> bool:
                 sys.settrace(None)
                 raise Struck
 
-    before = sys.gettrace()
-    gc.disable()
-    sys.settrace(trace)
-    try:
-        act()
-    except Struck:
-        return True
-    finally:
-        sys.settrace(before)
-        gc.enable()
-    return False
+    return struck(act, trace)
 
 
 def test_f35_a_strike_anywhere_in_the_first_submit(make: Callable[..., Fixture]) -> None:
     """Whatever becomes of that run, the next one goes out, and deadlines are kept."""
-    step, struck = 0, True
-    while struck:
+    step, came = 0, True
+    while came:
         fixture = make()
-        struck = strike(lambda fixture=fixture: fixture.submit("own", wait=False), step)
+        came = strike(lambda fixture=fixture: fixture.submit("own", wait=False), step)
         fixture.submit("next")
         until(lambda fixture=fixture: "next" in [frame["run_id"] for frame in fixture.transport.sent(1)])
         fixture.submit("late", delivery_timeout=1.0)
@@ -459,15 +445,15 @@ def test_f35_a_strike_anywhere_in_the_first_submit(make: Callable[..., Fixture])
 
 def test_f35_a_strike_while_closing_before_the_next_dial(make: Callable[..., Fixture]) -> None:
     """The watchdog that waits for the dial ends, too; nobody is told who is not to be told."""
-    step, struck = 0, True
-    while struck:
+    step, came = 0, True
+    while came:
         fixture = make()
         fixture.link.connect(Deadline())
         fixture.transport.reading = False
         fixture.submit("r", wait=False)
         fixture.transport.hang_up()
         until(lambda fixture=fixture: fixture.link.state is LinkState.BACKOFF)
-        struck = strike(lambda fixture=fixture: fixture.link.start_closing(tell=False), step)
+        came = strike(lambda fixture=fixture: fixture.link.start_closing(tell=False), step)
         with within(0.0):
             fixture.link.close(WAIT)
         assert fixture.link.state is LinkState.CLOSED
@@ -478,13 +464,13 @@ def test_f35_a_strike_while_closing_before_the_next_dial(make: Callable[..., Fix
 
 def test_f35_a_strike_anywhere_in_closing(make: Callable[..., Fixture]) -> None:
     """Each run ends once, the worker hears of it, and the threads go; a second call is harmless."""
-    step, struck = 0, True
-    while struck:
+    step, came = 0, True
+    while came:
         fixture = make()
         for policy in ("cancel", "fail", "detach"):
             fixture.submit(policy, delivery_orphan_policy=policy)
         fixture.transport.sent(3)
-        struck = strike(fixture.link.start_closing, step)
+        came = strike(fixture.link.start_closing, step)
         fixture.link.close(WAIT)
         assert sorted(fixture.next()["run_id"] for _ in range(3)) == ["cancel", "detach", "fail"]
         assert fixture.events.empty(), step

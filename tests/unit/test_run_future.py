@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fault_helpers import WAIT, until
+from strikes import Struck, struck
 
 from wove_ws_sync import _condition, _run_future
 from wove_ws_sync._run_future import RunFuture
@@ -22,10 +23,6 @@ ENDS: list[dict[str, Any]] = [
     {"type": "task_cancelled", "run_id": "r", "acknowledged": True},
     {"type": "task_error", "run_id": "r", "error": "no"},
 ]
-
-
-class Struck(BaseException):
-    """What a signal handler raises."""
 
 
 class Keeper:
@@ -57,22 +54,14 @@ def strike(act: Callable[[], Any], step: int) -> bool:
                 raise Struck
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    except Struck:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+    return struck(act, trace)
 
 
 @pytest.mark.parametrize("end", ENDS, ids=["cancelled", "error"])
 def test_f35_a_strike_at_any_line_of_an_end(end: dict[str, Any]) -> None:
     """Brought again, it wakes who waits for one future or for several, and calls each callback once."""
-    step, struck = 0, True
-    while struck:
+    step, came = 0, True
+    while came:
         keeper = Keeper()
         future: RunFuture[Any] = RunFuture("r", keeper)
         called: list[int] = []
@@ -85,8 +74,8 @@ def test_f35_a_strike_at_any_line_of_an_end(end: dict[str, Any]) -> None:
         for thread in waiting:
             thread.start()
         until(lambda future=future: future._own_condition._waiters and future._waiters)
-        struck = strike(lambda future=future: future._on_event(end), step)
-        if struck:
+        came = strike(lambda future=future: future._on_event(end), step)
+        if came:
             future._on_event(end)
         for thread in waiting:
             thread.join(WAIT)

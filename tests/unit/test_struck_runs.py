@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 from run_machine import Runs
+from strikes import Struck, struck
 
 import wove_ws_sync
 from wove_ws_sync import _alarms, _book, _checks, _line, _losses, _run, errors, frames, options, runs, timing
@@ -22,10 +21,6 @@ PACKAGE = str(Path(wove_ws_sync.__file__).parent)
 OURS = {module.__file__ for module in (runs, _alarms, _book, _line, _losses, _run)}
 # ... and at none of these, which hold nothing that could be left half done.
 VALUES = {module.__file__ for module in (errors, frames, options, timing, _checks)}
-
-
-class Struck(BaseException):
-    """What the signal handler raises."""
 
 
 def strike(act: Callable[[], Any], step: int) -> bool:
@@ -47,18 +42,9 @@ def strike(act: Callable[[], Any], step: int) -> bool:
                 raise Struck
         return trace
 
-    before = sys.gettrace()
-    gc.disable()  # what other tests have left behind has finalizers, which are no part of the act
-    sys.settrace(trace)
-    try:
-        act()
-    except Struck:
-        return True
-    finally:
-        sys.settrace(before)
-        gc.enable()
-        assert passed <= VALUES, "the table has a part that nothing strikes: add it to OURS"
-    return False
+    came_so_far = struck(act, trace)
+    assert passed <= VALUES, "the table has a part that nothing strikes: add it to OURS"
+    return came_so_far
 
 
 def machine() -> Runs:
@@ -111,12 +97,12 @@ PARTS = 6
 @pytest.mark.parametrize("act", ACTS)
 def test_f35_a_strike_between_any_two_steps(act: str, part: int) -> None:
     """Nothing is lost, nothing ends twice, no slot is left taken: mend() takes up where it broke off."""
-    step, struck = part, True
-    while struck:
+    step, came = part, True
+    while came:
         made = machine()
         known = set(made.registered)
-        struck = strike(lambda made=made: ACTS[act](made), step)
-        if struck:
+        came = strike(lambda made=made: ACTS[act](made), step)
+        if came:
             for run in made.table.of_all():
                 made.registered.setdefault(run.run_id, run)
             made.apply_again(made.table.mend(made.now))
@@ -134,11 +120,11 @@ def test_f35_a_strike_between_any_two_steps(act: str, part: int) -> None:
 @pytest.mark.parametrize("meanwhile", ["receive", "lose"])
 def test_f35_another_thread_comes_before_it_is_mended(act: str, meanwhile: str, part: int) -> None:
     """What was being ended when the exception struck has that end, whatever arrives in between."""
-    step, struck = part, True
-    while struck:
+    step, came = part, True
+    while came:
         made = machine()
-        struck = strike(lambda made=made: ACTS[act](made), step)
-        if struck:
+        came = strike(lambda made=made: ACTS[act](made), step)
+        if came:
             runs_left = made.table.of_all()
             for run in runs_left:
                 made.registered.setdefault(run.run_id, run)
